@@ -1,0 +1,70 @@
+"""The contract between stages: what a sample is, on disk and in memory.
+
+On disk a sample is a group of webdataset tar members that share a key:
+
+    raw       KEY.jpg|png   the picture as it came        KEY.json   its record (see `RawSample.meta`)
+    encoded   KEY.safetensors   tensors of `EncodedSample`   KEY.json   record, bucket
+
+An encoded data set is a folder of such tars with `dataset.json` (see `Fingerprint`) and `empty.safetensors` (the empty
+prompt's hidden states) beside them. Nothing is pickled.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class RawSample:
+    """A picture with its record."""
+
+    key: str
+    """Unique in the data set, without '.' or '/'."""
+    image: bytes
+    """The encoded file."""
+    ext: str
+    """jpg or png."""
+    meta: dict
+    """caption (str, required) · source (shapes, text, photo, user ...) · width, height (pixels) · scores {filter: number} ·
+    geneval (GenEval metadata, for pictures whose content is known) · lines [{text, box [x0, y0, x1, y1]}]."""
+
+
+@dataclass
+class EncodedSample:
+    """What training reads."""
+
+    key: str
+    latent: "Tensor"
+    """fp32 [16, F, H, W]: the posterior's mode, normalised by the VAE's latent mean and std."""
+    txt: "Tensor"
+    """bf16 [L, D]: last hidden states of the text encoder after the template's prefix was dropped."""
+    references: list["Tensor"] = field(default_factory=list)
+    """Latents [16, 1, h, w] of the pictures to edit, each encoded alone."""
+    txt_empty: "Tensor | None" = None
+    """bf16 [L0, D] hidden states of the empty prompt (with this sample's references, if it has any)."""
+    meta: dict = field(default_factory=dict)
+    epoch: int = 0
+    """Pass over the data in which this copy was drawn; randomness depends on it."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an encoded data set was made with; two that differ must not be trained on together."""
+
+    vae: str
+    """Hash of the VAE encoder's weights and latent statistics."""
+    text_encoder: str
+    """Hash of the text encoder's config and weights."""
+    template: str
+    """Hash of the prompt template, its dropped prefix and the tokenizer."""
+    resolution: int
+    """Side, in pixels, of the square whose area pictures were resized to."""
+
+    def require(self, other: "Fingerprint", where: str) -> None:
+        """Raise ValueError naming every difference."""
+        mine, theirs = asdict(self), asdict(other)
+        bad = [f"{name}: {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]]
+        if bad:
+            raise ValueError(f"{where} was encoded with something else ({'; '.join(bad)}); produce it again")

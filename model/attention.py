@@ -1,0 +1,37 @@
+"""Joint attention over a pack: every sample attends to itself only, whatever else shares the batch.
+
+Shape legend: L = Lt + Li tokens, H heads, K head dim; q, k, v are [L, H, K] with the text stream first.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.packing import Pack
+
+
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+    """Attention per sample of the pack; takes and returns the order [text stream, image stream]."""
+    order, inverse = pack.joint_order, pack.inverse_order
+    return varlen_attention(q[order], k[order], v[order], pack)[inverse]
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+    """Attention within the segments of the pack; q, k, v and the result [L, H, K] are in joint order.
+
+    Segments of one length run as one batch, so that a batch of equal samples costs a single call.
+    """
+    lengths = pack.segment_lengths
+    runs, start = [], 0
+    while start < len(lengths):
+        stop = start + 1
+        while stop < len(lengths) and lengths[stop] == lengths[start]:
+            stop += 1
+        runs.append((stop - start, lengths[start]))
+        start = stop
+    sizes = [n * length for n, length in runs]
+    out = []
+    for (n, length), qs, ks, vs in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        qs, ks, vs = (x.unflatten(0, (n, length)).transpose(1, 2) for x in (qs, ks, vs))
+        out.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)

@@ -1,0 +1,120 @@
+"""Layers of the MMDiT (Qwen-Image report, section 2.3): time embedding, one modality's stream, the dual-stream block.
+
+Shape legend: S samples, L tokens of a stream on this rank, D width, H heads on this rank, K head dim.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import MMDiTConfig
+from model.ops import Ops
+from model.packing import Pack
+from model.rope import apply_rope
+
+EPS = 1e-6
+
+
+def sinusoid(sigma: Tensor, dim: int = 256) -> Tensor:
+    """Timestep features [S, dim], fp32, cosines first, of sigma [S] in [0, 1] (scaled by 1000, max period 10000)."""
+    half = torch.arange(dim // 2, dtype=torch.float32, device=sigma.device)
+    angle = 1000.0 * (sigma.float()[:, None] * torch.exp(-math.log(10000.0) * half / (dim // 2)))
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Noise level -> conditioning vector: Linear(SiLU(Linear(sinusoid)))."""
+
+    def __init__(self, config: MMDiTConfig, ops: Ops):
+        super().__init__()
+        self.linear_1 = ops.vector(256, config.width)
+        self.linear_2 = ops.vector(config.width, config.width)
+
+    def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(sinusoid(sigma).to(dtype))))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor) -> Tensor:
+    """AdaLN: LayerNorm without affine, then x * (1 + scale) + shift with the row of each token's sample.
+
+    x [L, D]; shift, scale [S, D]; sample [L].
+    """
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[sample]) + shift[sample]
+
+
+class Stream(nn.Module):
+    """One modality's half of a block: its modulation, attention projections and MLP."""
+
+    def __init__(self, config: MMDiTConfig, ops: Ops):
+        super().__init__()
+        d, self.head_dim = config.width, config.attention_head_dim
+        self.mod = ops.modulation(d, 6 * d)
+        self.q, self.k, self.v = ops.column(d, d), ops.column(d, d), ops.column(d, d)
+        self.q_norm, self.k_norm = ops.head_norm(self.head_dim, EPS), ops.head_norm(self.head_dim, EPS)
+        self.out = ops.row(d, d)
+        self.mlp_in, self.mlp_out = ops.column(d, 4 * d), ops.row(4 * d, d)
+
+    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (normalised, rotated) and values, each [L, H, K]."""
+        x = modulate(x, shift, scale, sample)
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
+        return apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v
+
+    def add_attention(self, x: Tensor, attention: Tensor, gate: Tensor, sample: Tensor) -> Tensor:
+        """Gated residual of the attention's heads [L, H, K]."""
+        return x + gate[sample] * self.out(attention.flatten(1))
+
+    def add_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, sample: Tensor) -> Tensor:
+        """Gated residual of the MLP."""
+        h = F.gelu(self.mlp_in(modulate(x, shift, scale, sample)), approximate="tanh")
+        return x + gate[sample] * self.mlp_out(h)
+
+
+class Block(nn.Module):
+    """Dual-stream block: text and image have their own weights and meet in attention.
+
+    In the last block (`last=True`) nothing reads the text stream any more: its output projection and MLP are kept
+    for the checkpoint format, frozen and never run.
+    """
+
+    def __init__(self, config: MMDiTConfig, ops: Ops, last: bool = False):
+        super().__init__()
+        self.img, self.txt, self.last = Stream(config, ops), Stream(config, ops), last
+        self.attention = ops.attention
+        if last:
+            for module in (self.txt.out, self.txt.mlp_in, self.txt.mlp_out):
+                module.requires_grad_(False)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, img_temb: Tensor, txt_temb: Tensor, img_row: Tensor, txt_row: Tensor,
+        img_rope: tuple[Tensor, Tensor], txt_rope: tuple[Tensor, Tensor], pack: Pack,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """img [L, D], txt [L, D]; *_temb = SiLU(time embedding) [rows, D]; *_row [L] the row that modulates a token."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.img.mod(img_temb).chunk(6, dim=-1)
+        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = self.txt.mod(txt_temb).chunk(6, dim=-1)
+        image = self.img.qkv(img, shift1, scale1, img_row, img_rope)
+        text = self.txt.qkv(txt, t_shift1, t_scale1, txt_row, txt_rope)
+        q, k, v = (torch.cat(pair) for pair in zip(text, image, strict=True))
+        heads = self.attention(q, k, v, pack)
+        n_txt = len(text[0])
+        img = self.img.add_attention(img, heads[n_txt:], gate1, img_row)
+        img = self.img.add_mlp(img, shift2, scale2, gate2, img_row)
+        if not self.last:
+            txt = self.txt.add_attention(txt, heads[:n_txt], t_gate1, txt_row)
+            txt = self.txt.add_mlp(txt, t_shift2, t_scale2, t_gate2, txt_row)
+        return img, txt
+
+
+class OutputLayer(nn.Module):
+    """AdaLN and projection to the velocity of each token; this one's modulation is ordered (scale, shift)."""
+
+    def __init__(self, config: MMDiTConfig, ops: Ops):
+        super().__init__()
+        self.mod = ops.modulation(config.width, 2 * config.width)
+        self.proj = ops.replicated(config.width, config.in_channels)
+
+    def forward(self, x: Tensor, temb: Tensor, sample: Tensor) -> Tensor:
+        scale, shift = self.mod(temb).chunk(2, dim=-1)
+        return self.proj(modulate(x, shift, scale, sample))

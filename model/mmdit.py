@@ -1,0 +1,96 @@
+"""The MMDiT of Qwen-Image: v = MMDiT(x_sigma, text, sigma), the velocity of the flow at noise level sigma.
+
+Source: Qwen-Image report (arXiv 2508.02324), section 2.3; exact against diffusers' QwenImageTransformer2DModel.
+Shape legend: S samples, Lt / Li tokens of the text / image stream, D width, C channels of a token.
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import MMDiTConfig
+from model.layers import EPS, Block, OutputLayer, TimeEmbedding
+from model.ops import Ops, full_shape, local_shard
+from model.packing import ModelInputs
+from model.rope import rope_table
+
+
+class MMDiT(nn.Module):
+    """Dual-stream diffusion transformer over packed batches.
+
+    `ops` supplies the layers: plain torch by default, Megatron / Transformer-Engine from `pretrain.engine.ops`.
+    Weights are uninitialised in a known way until `initialize` or a loader fills them.
+    """
+
+    def __init__(self, config: MMDiTConfig, ops: Ops | None = None):
+        super().__init__()
+        self.config, self.ops = config, ops or Ops()
+        if config.num_attention_heads % self.ops.heads_divisor:
+            raise ValueError(
+                f"{config.num_attention_heads} heads do not divide over "
+                f"{self.ops.heads_divisor} tensor x context parallel ranks"
+            )
+        self.img_in = self.ops.replicated(config.in_channels, config.width)
+        self.txt_norm = self.ops.token_norm(config.joint_attention_dim, EPS)
+        self.txt_in = self.ops.replicated(config.joint_attention_dim, config.width)
+        self.time = TimeEmbedding(config, self.ops)
+        self.blocks = nn.ModuleList(
+            Block(config, self.ops, last=i == config.num_layers - 1) for i in range(config.num_layers)
+        )
+        self.output = OutputLayer(config, self.ops)
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Velocity [n_target, C] of the target tokens, sample after sample (see `Pack.split_targets`)."""
+        ops, pack = self.ops, inputs.pack
+        dtype = self.img_in.weight.dtype
+        if inputs.img.shape[-1] != self.config.in_channels or inputs.txt.shape[-1] != self.config.joint_attention_dim:
+            raise ValueError(
+                f"image tokens of {inputs.img.shape[-1]} and text of {inputs.txt.shape[-1]} channels; this model takes "
+                f"{self.config.in_channels} and {self.config.joint_attention_dim}"
+            )
+        img = self.img_in(ops.shard_tokens(inputs.img).to(dtype))
+        txt = self.txt_in(self.txt_norm(ops.shard_tokens(inputs.txt).to(dtype)))
+
+        temb = txt_temb = F.silu(self.time(inputs.sigma, dtype))
+        img_row = pack.img_sample
+        if self.config.zero_cond_t:  # references are modulated by the rows of sigma = 0
+            temb = torch.cat([temb, F.silu(self.time(torch.zeros_like(inputs.sigma), dtype))])
+            reference = torch.arange(len(img_row), device=img_row.device) >= pack.n_target
+            img_row = img_row + reference * pack.n_samples
+        img_row, txt_row = ops.shard_tokens(img_row), ops.shard_tokens(pack.txt_sample)
+        img_rope, txt_rope = (
+            tuple(ops.shard_context(t) for t in rope_table(p, self.config.axes_dims_rope))
+            for p in (pack.img_pos, pack.txt_pos)
+        )
+        for block in self.blocks:
+            img, txt = block(img, txt, temb, txt_temb, img_row, txt_row, img_rope, txt_rope, pack)
+
+        if ops.shards == 1:
+            img, img_row = img[: pack.n_target], img_row[: pack.n_target]
+        velocity = self.output(img, txt_temb, img_row % pack.n_samples)
+        return ops.gather_tokens(velocity)[: pack.n_target]
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> "MMDiT":
+        """Fill all weights: Xavier-uniform linears, N(0, .02) time embedding, zero modulation and output (adaLN-Zero).
+
+        Each tensor depends on (seed, its name) alone and every rank takes its slice of the same whole, so a model
+        starts alike in every parallel layout.
+        """
+        for name, param in self.named_parameters():
+            shape = full_shape(param)
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
+            if name.endswith("norm.weight"):
+                full = torch.ones(shape)
+            elif name.endswith("bias") or ".mod." in name or name.startswith("output."):
+                full = torch.zeros(shape)
+            elif name.startswith("time."):
+                full = torch.randn(shape, generator=generator) * 0.02
+            else:
+                bound = (6 / sum(shape)) ** 0.5
+                full = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+            param.copy_(local_shard(param, full))
+        return self

@@ -1,0 +1,209 @@
+"""Packing: samples of any shape in one batch, without a padded sample.
+
+A batch is two token streams. The *text stream* holds the prompts one after another. The *image stream* holds first
+the target tokens of every sample, then the reference tokens of every sample, so that everything computed for
+targets only is a prefix. Both end in one alignment tail, which forms an attention segment of its own and never
+reaches a loss. The joint order, in which attention runs, is sample by sample: [text, target, references].
+
+Shape legend: S samples, Lt / Li tokens of the text / image stream with their tails, C channels of a token.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from model.rope import image_positions, text_positions
+
+Size = tuple[int, int, int]
+"""(frames, height, width) in tokens."""
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """What one sample contributes to a pack: text tokens, the target's size, the references' sizes."""
+
+    txt: int
+    target: Size
+    references: tuple[Size, ...] = ()
+
+    @property
+    def joint(self) -> int:
+        """Tokens of the sample in joint attention."""
+        return self.txt + math.prod(self.target) + sum(map(math.prod, self.references))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Where each token of a batch belongs. Build it with `Pack.of`; `to` moves its tensors."""
+
+    shapes: tuple[SampleShape, ...]
+    txt_pos: Tensor
+    """[Lt, 3] MSRoPE positions."""
+    img_pos: Tensor
+    """[Li, 3]"""
+    txt_sample: Tensor
+    """[Lt] sample of each token; tail tokens say 0 (their gradient is zero)."""
+    img_sample: Tensor
+    """[Li]"""
+    joint_order: Tensor
+    """[Lt + Li] joint order -> index into cat(text stream, image stream)."""
+    cu_seqlens: Tensor
+    """int32 [segments + 1] boundaries of the attention segments in joint order, the tail last if there is one."""
+
+    @classmethod
+    def of(cls, shapes: list[SampleShape], align: int = 16) -> "Pack":
+        """Lay out `shapes`, both streams rounded up to a multiple of `align` tokens.
+
+        `align` must be a multiple of the number of token shards (lcm(TP * CP, 16) on a cluster; a larger quantum
+        bounds how many shapes a compiled model sees). Raises ValueError for an empty batch or an empty prompt.
+        """
+        if not shapes:
+            raise ValueError("a batch needs at least one sample")
+        if any(s.txt < 1 for s in shapes):
+            raise ValueError("every sample needs at least one text token; encode the empty prompt as ' '")
+        txt_len, target_len = [s.txt for s in shapes], [math.prod(s.target) for s in shapes]
+        ref_len = [sum(map(math.prod, s.references)) for s in shapes]
+        n_txt, n_target, n_ref = sum(txt_len), sum(target_len), sum(ref_len)
+        pad_txt, pad_img = -n_txt % align, -(n_target + n_ref) % align
+
+        targets = [image_positions(*s.target, index=0) for s in shapes]
+        refs = [image_positions(*r, index=i + 1) for s in shapes for i, r in enumerate(s.references)]
+        texts = [text_positions(s.txt, [s.target, *s.references]) for s in shapes]
+        zeros = torch.zeros(max(pad_txt, pad_img), 3, dtype=torch.long)
+        ids = torch.arange(len(shapes))
+        repeat = lambda n: ids.repeat_interleave(torch.tensor(n))  # noqa: E731
+
+        txt_at = torch.arange(n_txt).split(txt_len)
+        target_at = (n_txt + pad_txt + torch.arange(n_target)).split(target_len)
+        ref_at = (n_txt + pad_txt + n_target + torch.arange(n_ref)).split(ref_len)
+        order = [t for sample in zip(txt_at, target_at, ref_at, strict=True) for t in sample]
+        tail = [n_txt + torch.arange(pad_txt), n_txt + pad_txt + n_target + n_ref + torch.arange(pad_img)]
+        lengths = [s.joint for s in shapes] + ([pad_txt + pad_img] if pad_txt + pad_img else [])
+        return cls(
+            shapes=tuple(shapes),
+            txt_pos=torch.cat([*texts, zeros[:pad_txt]]),
+            img_pos=torch.cat([*targets, *refs, zeros[:pad_img]]),
+            txt_sample=torch.cat([repeat(txt_len), zeros[:pad_txt, 0]]),
+            img_sample=torch.cat([repeat(target_len), repeat(ref_len), zeros[:pad_img, 0]]),
+            joint_order=torch.cat(order + tail),
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        )
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.shapes)
+
+    @cached_property
+    def target_lengths(self) -> list[int]:
+        """Target tokens of each sample; targets are the first sum(target_lengths) tokens of the image stream."""
+        return [math.prod(s.target) for s in self.shapes]
+
+    @cached_property
+    def n_target(self) -> int:
+        return sum(self.target_lengths)
+
+    @cached_property
+    def segment_lengths(self) -> list[int]:
+        """Lengths of the attention segments in joint order, the tail's included."""
+        n = sum(s.joint for s in self.shapes)
+        tail = len(self.joint_order) - n
+        return [s.joint for s in self.shapes] + ([tail] if tail else [])
+
+    @cached_property
+    def inverse_order(self) -> Tensor:
+        """[Lt + Li] index into cat(text stream, image stream) -> joint order."""
+        return torch.argsort(self.joint_order)
+
+    def rank_major(self, cp: int) -> tuple[Tensor, Tensor]:
+        """(joint order, its inverse) when the streams arrive as [text_0, image_0, text_1, image_1, ...] of cp ranks.
+
+        That is the order in which Ulysses' all-to-all delivers tokens. Both streams must divide by cp.
+        """
+        if cp == 1:
+            return self.joint_order, self.inverse_order
+        n_txt, n_img = len(self.txt_pos), len(self.img_pos)
+        if n_txt % cp or n_img % cp:
+            raise ValueError(f"streams of {n_txt} and {n_img} tokens do not divide over {cp} context-parallel ranks")
+        a, b = n_txt // cp, n_img // cp
+        at = self.joint_order
+        img = at - n_txt
+        moved = torch.where(at < n_txt, at // a * (a + b) + at % a, img.div(b, rounding_mode="floor") * (a + b) + a + img % b)
+        return moved, torch.argsort(moved)
+
+    def split_targets(self, x: Tensor) -> list[Tensor]:
+        """Cut a tensor over target tokens [n_target, ...] (a longer one is cut first) into one piece a sample."""
+        return list(x[: self.n_target].split(self.target_lengths))
+
+    def to(self, device: torch.device | str) -> "Pack":
+        tensors = ("txt_pos", "img_pos", "txt_sample", "img_sample", "joint_order", "cu_seqlens")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One forward pass of the MMDiT."""
+
+    img: Tensor
+    """[Li, C] image tokens: noised targets, clean references, tail."""
+    txt: Tensor
+    """[Lt, joint_attention_dim] hidden states of the text encoder, tail."""
+    sigma: Tensor
+    """[S] noise level of each sample in [0, 1]; 1 is pure noise."""
+    pack: Pack
+    target: Tensor | None = None
+    """[n_target, C] what an objective compares the output with; unused by the model."""
+    weight: Tensor | None = None
+    """[S] what an objective needs a sample for; unused by the model."""
+
+
+def patchify(latent: Tensor, patch: int = 2) -> Tensor:
+    """Latent [C, F, H, W] -> tokens [F * H/p * W/p, C * p * p], channels ordered (c, dy, dx) as in the reference."""
+    c, f, h, w = latent.shape
+    if h % patch or w % patch:
+        raise ValueError(f"a latent of {h} x {w} does not divide into patches of {patch}; pictures need multiples of 16")
+    x = latent.reshape(c, f, h // patch, patch, w // patch, patch)
+    return x.permute(1, 2, 4, 0, 3, 5).reshape(f * (h // patch) * (w // patch), c * patch * patch)
+
+
+def unpatchify(tokens: Tensor, size: Size, patch: int = 2) -> Tensor:
+    """Inverse of `patchify` for a target of `size` (frames, height, width) tokens: [F*h*w, C*p*p] -> [C, F, H, W]."""
+    f, h, w = size
+    x = tokens.reshape(f, h, w, -1, patch, patch)
+    return x.permute(3, 0, 1, 4, 2, 5).reshape(-1, f, h * patch, w * patch)
+
+
+def token_size(latent: Tensor, patch: int = 2) -> Size:
+    """Size in tokens of a latent [C, F, H, W]."""
+    _, f, h, w = latent.shape
+    return f, h // patch, w // patch
+
+
+def pack_inputs(
+    targets: list[Tensor],
+    texts: list[Tensor],
+    sigma: Tensor,
+    references: list[list[Tensor]] | None = None,
+    align: int = 16,
+    pack: Pack | None = None,
+) -> ModelInputs:
+    """Pack a batch: latents [C, F, H, W] at noise level sigma [S], prompts [length, dim], clean reference latents.
+
+    All on one device; the tails are zeros. `pack` reuses the layout of an earlier call with the same shapes, as a
+    sampler does at each step. Raises ValueError if the lists' lengths differ.
+    """
+    references = references or [[] for _ in targets]
+    if not len(targets) == len(texts) == len(references) == len(sigma):
+        raise ValueError(f"{len(targets)} targets, {len(texts)} prompts, {len(references)} reference lists, {len(sigma)} sigmas")
+    if pack is None:
+        shapes = [
+            SampleShape(len(t), token_size(x), tuple(map(token_size, refs)))
+            for x, t, refs in zip(targets, texts, references, strict=True)
+        ]
+        pack = Pack.of(shapes, align).to(targets[0].device)
+    img = torch.cat([patchify(x) for x in targets] + [patchify(r) for refs in references for r in refs])
+    txt = torch.cat(texts)
+    fill = lambda x, n: torch.cat([x, x.new_zeros(n - len(x), x.shape[1])]) if n > len(x) else x  # noqa: E731
+    return ModelInputs(fill(img, len(pack.img_pos)), fill(txt, len(pack.txt_pos)), sigma, pack)
