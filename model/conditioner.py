@@ -1,0 +1,309 @@
+"""The condition encoder: Qwen2.5-VL's last hidden states of a templated prompt (Qwen-Image report, section 2.2).
+
+Templates are those of diffusers' QwenImagePipeline (`text`), QwenImageEditPipeline (`edit`) and
+QwenImageEditPlusPipeline (`edit_plus`); the first `drop` tokens, the system prompt, are left out of the result.
+Shape legend: L tokens of a prompt (its pictures' included), D width of the text encoder.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_PAD = "<|image_pad|>"
+_PICTURE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
+_CHAT = "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+_DESCRIBE = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
+_EDIT = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a prompt is worded for the text encoder."""
+
+    text: str
+    drop: int
+    """Leading tokens that are not part of the condition."""
+    picture: str = ""
+    """What stands for the i-th picture, before the prompt."""
+    area: int = 0
+    """Pixels that a picture is resized to before the text encoder sees it."""
+
+
+TEMPLATES = {
+    "text": Template(_CHAT % _DESCRIBE, drop=34),
+    "edit": Template(_CHAT % _EDIT, drop=64, picture=_PICTURE, area=1024 * 1024),
+    "edit_plus": Template(_CHAT % _EDIT, drop=64, picture="Picture {}: " + _PICTURE, area=384 * 384),
+}
+
+
+def fit_area(width: int, height: int, area: int) -> tuple[int, int]:
+    """(width, height) of about `area` pixels with this aspect ratio, both multiples of 32 as in the edit pipelines."""
+    ratio = width / height
+    w = math.sqrt(area * ratio)
+    return max(32, round(w / 32) * 32), max(32, round(w / ratio / 32) * 32)
+
+
+class Conditioner:
+    """Prompts, with or without pictures, to hidden states. Build it with `Conditioner.from_folder`."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: torch.nn.Module,
+        image_processor: Any,
+        edit_template: Literal["edit", "edit_plus"] = "edit_plus",
+        max_length: int = 1024,
+        mrope: bool = True,
+        batch_tokens: int = 16384,
+    ):
+        """`text_encoder` is a transformers Qwen2_5_VLModel (no LM head).
+
+        Prompts are cut to `max_length` tokens, pictures' tokens not counted. `mrope` gives picture tokens their 3-D
+        positions; diffusers' edit pipelines leave them 1-D under transformers 5 (its issue 14194), which `mrope=False`
+        reproduces. Prompts of one length run together, at most `batch_tokens` tokens at once.
+        """
+        self.tokenizer, self.text_encoder, self.image_processor = tokenizer, text_encoder.eval(), image_processor
+        self.edit_template, self.max_length, self.mrope = edit_template, max_length, mrope
+        self.batch_tokens = batch_tokens
+
+    @classmethod
+    def from_folder(
+        cls, components: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **settings
+    ) -> "Conditioner":
+        """Load `tokenizer/`, `text_encoder/` and, if there, `processor/` of a diffusers folder.
+
+        `settings` are those of `Conditioner`. Raises ValueError if a part is missing.
+        """
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        folder = Path(components)
+        for part in ("tokenizer", "text_encoder"):
+            if not (folder / part).is_dir():
+                raise ValueError(f"{folder} has no {part}/; give a diffusers folder or write_tiny_components' folder")
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype).model
+        processor = Qwen2VLImageProcessorPil()
+        if (folder / "processor" / "preprocessor_config.json").is_file():
+            processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
+        return cls(tokenizer, model.to(device), processor, **settings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_encoder.device
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], images: "list[list[Image]] | None" = None) -> list[Tensor]:
+        """Hidden states [L_i, D] of each prompt, unpadded; `images` gives each prompt's pictures, of any size.
+
+        A prompt without pictures uses the text-to-image template. A result depends on its own prompt alone. Raises
+        ValueError for a prompt that spells a picture's placeholder.
+        """
+        images = images or [[] for _ in prompts]
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but pictures for {len(images)}")
+        out: list[Tensor | None] = [None] * len(prompts)
+        texts: dict[tuple[int, ...], list[int]] = {}
+        for i, (prompt, pictures) in enumerate(zip(prompts, images, strict=True)):
+            if IMAGE_PAD in prompt:
+                raise ValueError(f"a prompt must not contain {IMAGE_PAD}: {prompt!r}")
+            if pictures:
+                out[i] = self._encode_with_pictures(prompt, pictures)
+            else:
+                texts.setdefault(self._tokenize(TEMPLATES["text"], prompt), []).append(i)
+        for ids, hidden in self._encode_texts(sorted(texts, key=len)):
+            for i in texts[ids]:
+                out[i] = hidden
+        return out
+
+    def _tokenize(self, template: Template, prompt: str, pictures: str = "", extra: int = 0) -> tuple[int, ...]:
+        limit = template.drop + self.max_length + extra
+        return tuple(self.tokenizer(template.text.format(pictures + prompt)).input_ids[:limit])
+
+    def _encode_texts(self, token_lists: list[tuple[int, ...]]):
+        """Yield (ids, hidden states) for lists of token ids sorted by length."""
+        drop = TEMPLATES["text"].drop
+        for length, group in itertools.groupby(token_lists, key=len):
+            group = list(group)
+            size = max(1, self.batch_tokens // length)
+            for start in range(0, len(group), size):
+                batch = group[start : start + size]
+                ids = torch.tensor(batch, device=self.device)
+                hidden = self.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
+                yield from zip(batch, hidden[:, drop:].clone(), strict=True)
+
+    def _encode_with_pictures(self, prompt: str, pictures: "list[Image]") -> Tensor:
+        from PIL.Image import Resampling
+
+        template = TEMPLATES[self.edit_template]
+        if self.edit_template == "edit" and len(pictures) > 1:
+            raise ValueError(f"the edit template takes one picture, got {len(pictures)}; use edit_plus")
+        resized = [p.convert("RGB").resize(fit_area(*p.size, template.area), Resampling.LANCZOS) for p in pictures]
+        pixels = self.image_processor(images=resized, return_tensors="pt")
+        grid = pixels["image_grid_thw"]
+        counts = (grid.prod(dim=1) // self.image_processor.merge_size**2).tolist()
+        worded = "".join(template.picture.format(i + 1).replace(IMAGE_PAD, IMAGE_PAD * n) for i, n in enumerate(counts))
+        overhead = len(self.tokenizer(worded).input_ids)
+        ids = torch.tensor([self._tokenize(template, prompt, worded, extra=overhead)], device=self.device)
+        is_picture = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)).int()
+        return (
+            self.text_encoder(
+                input_ids=ids,
+                pixel_values=pixels["pixel_values"].to(self.device),
+                image_grid_thw=grid.to(self.device),
+                mm_token_type_ids=is_picture if self.mrope else None,
+                use_cache=False,
+            )
+            .last_hidden_state[0, template.drop :]
+            .clone()
+        )
+
+    def fingerprint(self) -> tuple[str, str]:
+        """Hashes of (the text encoder's config and weights, the templates with tokenizer and settings)."""
+        encoder = hashlib.blake2b(digest_size=16)
+        encoder.update(
+            json.dumps(_architecture(self.text_encoder.config.to_dict()), sort_keys=True, default=str).encode()
+        )
+        for name, tensor in sorted(self.text_encoder.state_dict().items()):
+            encoder.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            encoder.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        template = hashlib.blake2b(digest_size=16)
+        template.update(json.dumps({name: asdict(t) for name, t in TEMPLATES.items()}, sort_keys=True).encode())
+        template.update(f"{self.edit_template} {self.max_length} {self.mrope}".encode())
+        template.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        return encoder.hexdigest(), template.hexdigest()
+
+
+def _architecture(config: dict) -> dict:
+    """The config without what says who wrote it and when."""
+    noise = {"transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "use_cache"}
+    return {k: _architecture(v) if isinstance(v, dict) else v for k, v in config.items() if k not in noise}
+
+
+# ---- a tiny text encoder, built offline, for the CPU line and for tests
+
+SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()
+"""Ids 151643 and on of the real tokenizer, in their order."""
+
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORDS = """ a an the one two three four five six and with of on in to is at above below left right next photo picture
+ red green blue yellow orange purple pink brown black white gray cyan circle square triangle star circles squares
+ triangles stars background color shape small large big paper sign page slide poster screen text that says reads
+ make change replace remove add move sky cube table word title line""".replace("\n", "")
+
+
+def write_tiny_components(folder: Path | str, seed: int = 0) -> None:
+    """Write `tokenizer/`, `text_encoder/`, `processor/` and `scheduler/` of a tiny model, replacing what is there.
+
+    The tokenizer is byte-level BPE with the real special tokens, trained on the templates' words, so that templates
+    drop exactly 34 and 64 tokens; the text encoder is a random Qwen2.5-VL of width 128, as the `tiny` preset wants.
+    A function of `seed` alone.
+    """
+    from transformers import Qwen2VLImageProcessorPil
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = _tiny_tokenizer()
+    write = {
+        "tokenizer": tokenizer.save_pretrained,
+        "text_encoder": _tiny_text_encoder(tokenizer, seed).save_pretrained,
+        "processor": lambda to: (tokenizer.save_pretrained(to), Qwen2VLImageProcessorPil().save_pretrained(to)),
+        "scheduler": _write_scheduler,
+    }
+    for part, save in write.items():
+        temporary, final = Path(folder) / f".tmp-{part}", Path(folder) / part
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+
+
+def _tiny_tokenizer():
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import Qwen2Tokenizer
+
+    tok = Tokenizer(BPE())
+    tok.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated", invert=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    corpus = [f"system\n{_DESCRIBE}", f"system\n{_EDIT}", "user\n", "assistant\n", "Picture 1: ", _WORDS]
+    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False, initial_alphabet=alphabet)
+    tok.train_from_iterator(corpus, trainer)
+    bpe = json.loads(tok.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(m) for m in bpe["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL_TOKENS[1:],
+        model_max_length=131072,
+    )
+
+
+def _tiny_text_encoder(tokenizer: Any, seed: int) -> torch.nn.Module:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer) + -len(tokenizer) % 64, hidden_size=128, intermediate_size=256,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6]),
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=128, patch_size=14,
+            spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1],
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256, "base_shift": 0.5, "invert_sigmas": False, "max_image_seq_len": 8192, "max_shift": 0.9,
+    "num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": 0.02, "stochastic_sampling": False,
+    "time_shift_type": "exponential", "use_beta_sigmas": False, "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False, "use_karras_sigmas": False,
+}  # fmt: skip
+"""`scheduler/scheduler_config.json` of Qwen-Image; `flow.schedule` is its closed form."""
+
+
+def _write_scheduler(folder: Path) -> None:
+    (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
