@@ -27,8 +27,8 @@ class RawSample:
     ext: str
     """jpg or png."""
     meta: dict
-    """caption (str, required) · source (shapes, text, photo, user ...) · width, height (pixels) · scores {filter: number} ·
-    geneval (GenEval metadata, for pictures whose content is known) · lines [{text, box [x0, y0, x1, y1]}]."""
+    """caption (str, required) · source (shapes, text, photo, user ...) · width, height (pixels) · scores {filter:
+    number} · geneval (GenEval metadata, for pictures whose content is known) · lines [{text, box [x0, y0, x1, y1]}]."""
 
 
 @dataclass

@@ -1,0 +1,185 @@
+"""Shards: webdataset tars of raw or encoded samples (see `data_pipeline.sample`).
+
+Writing the same samples gives the same bytes. A shard appears whole or not at all. Reading passes over what is damaged
+and reports it. Nothing is pickled, and nothing is ever unpickled.
+"""
+
+import json
+import math
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.atomic import atomic_file, remove_leftovers
+from data_pipeline.sample import EncodedSample, RawSample
+from data_pipeline.tar_index import scan
+
+IMAGE_EXTENSIONS = ("jpg", "png")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that a reader passed over."""
+
+    shard: str
+    """File name of the tar."""
+    key: str
+    """Sample, or '' for the tar as a whole."""
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}{'/' if self.key else ''}{self.key}: {self.what}"
+
+
+OnProblem = Callable[[Problem], None]
+
+
+def shard_name(index: int) -> str:
+    """File name of the `index`-th shard of a folder."""
+    return f"shard-{index:06d}.tar"
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """The shards of a folder by name. ValueError if there is no such folder or no shard in it."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of shards")
+    shards = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
+    if not shards:
+        raise ValueError(f"{folder} holds no .tar shards")
+    return shards
+
+
+def write_raw(path: Path, samples: Iterable[RawSample]) -> int:
+    """Write a shard of raw samples; returns their number. ValueError for a bad key, extension or record."""
+    return _write(path, (_raw_members(s) for s in samples))
+
+
+def write_encoded(path: Path, samples: Iterable[EncodedSample]) -> int:
+    """Write a shard of encoded samples; returns their number."""
+    return _write(path, (_encoded_members(s) for s in samples))
+
+
+def read_raw(path: Path, on_problem: OnProblem | None = None) -> Iterator[RawSample]:
+    """The raw samples of one shard, in order.
+
+    Damage (a cut tar, a broken record, a missing member) goes to `on_problem` and is passed over; without it the first
+    one raises ValueError. Pictures are not decoded, so a truncated picture is the caller's to find.
+    """
+    report = on_problem or _refuse
+    for members in _read_members(path, report):
+        key = members["__key__"]
+        try:
+            yield _raw_sample(key, members)
+        except ValueError as error:
+            report(Problem(path.name, key, str(error)))
+
+
+def read_encoded(path: Path, on_problem: OnProblem | None = None) -> Iterator[EncodedSample]:
+    """The encoded samples of one shard, in order; damage is treated as by `read_raw`."""
+    report = on_problem or _refuse
+    for members in _read_members(path, report):
+        try:
+            yield encoded_sample(members["__key__"], members.get("safetensors"), members.get("json"))
+        except ValueError as error:
+            report(Problem(path.name, members["__key__"], str(error)))
+
+
+def encoded_sample(key: str, tensors: bytes | None, record: bytes | None) -> EncodedSample:
+    """Build an encoded sample from its two members; ValueError if one is missing or broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if tensors is None or record is None:
+        raise ValueError(f"no {'safetensors' if tensors is None else 'json'} member")
+    try:
+        found = load(tensors)
+        references = [found[f"reference.{i}"] for i in range(sum(name.startswith("reference.") for name in found))]
+        return EncodedSample(key, found["latent"], found["txt"], references, found.get("txt_empty"), json.loads(record))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"broken safetensors: {error}") from None
+
+
+def token_count(shapes: dict[str, tuple[int, ...]], patch: int = 2) -> int:
+    """Tokens of an encoded sample in joint attention (prompt, target, references), from its tensors' shapes."""
+    pictures = [shape for name, shape in shapes.items() if name == "latent" or name.startswith("reference.")]
+    return shapes["txt"][0] + sum(math.prod(shape[1:]) for shape in pictures) // patch**2
+
+
+def _refuse(problem: Problem) -> None:
+    raise ValueError(str(problem))
+
+
+def _write(path: Path, samples: Iterable[dict]) -> int:
+    from webdataset import TarWriter
+
+    remove_leftovers(path)
+    keys: set[str] = set()
+    with atomic_file(path) as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+        for members in samples:
+            if members["__key__"] in keys:
+                raise ValueError(f"{path.name}: the key {members['__key__']} comes twice")
+            keys.add(members["__key__"])
+            tar.write(members)
+    return len(keys)
+
+
+def _record(key: str, meta: dict) -> bytes:
+    if not key or set(key) & set("./"):
+        raise ValueError(f"the key {key!r} must be a name without '.' and '/'")
+    if not isinstance(meta.get("caption"), str):
+        raise ValueError(f"{key}: its record has no caption")
+    return json.dumps(meta, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+
+
+def _raw_members(sample: RawSample) -> dict:
+    if sample.ext not in IMAGE_EXTENSIONS:
+        raise ValueError(f"{sample.key}: pictures are jpg or png, not {sample.ext}")
+    return {"__key__": sample.key, sample.ext: sample.image, "json": _record(sample.key, sample.meta)}
+
+
+def _encoded_members(sample: EncodedSample) -> dict:
+    from safetensors.torch import save
+
+    tensors = {"latent": sample.latent, "txt": sample.txt}
+    tensors |= {f"reference.{i}": reference for i, reference in enumerate(sample.references)}
+    if sample.txt_empty is not None:
+        tensors["txt_empty"] = sample.txt_empty
+    data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    return {"__key__": sample.key, "safetensors": data, "json": _record(sample.key, sample.meta)}
+
+
+def _raw_sample(key: str, members: dict) -> RawSample:
+    ext = next((x for x in IMAGE_EXTENSIONS if x in members), None)
+    if ext is None:
+        raise ValueError("no jpg or png member")
+    if "json" not in members:
+        raise ValueError("no json member")
+    try:
+        meta = json.loads(members["json"])
+    except ValueError as error:
+        raise ValueError(f"broken record: {error}") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("caption"), str):
+        raise ValueError("its record has no caption")
+    return RawSample(key, members[ext], ext, meta)
+
+
+def _read_members(path: Path, report: OnProblem) -> Iterator[dict]:
+    """The samples of a tar as webdataset groups them, up to the damage if there is any."""
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    def stop(error: Exception) -> bool:
+        return False
+
+    def repeated(error: Exception) -> bool:
+        report(Problem(path.name, "", str(error.args[0])))
+        return True
+
+    if damage := scan(path).problem:
+        report(Problem(path.name, "", damage))
+    with open(path, "rb") as file:
+        try:
+            members = tar_file_iterator(file, handler=stop)
+            yield from group_by_keys((m | {"__url__": str(path)} for m in members), handler=repeated)
+        except tarfile.TarError:
+            return
