@@ -40,7 +40,9 @@ def run(main: Callable[[T], None], config: type[T] | T, description: str | None 
         if file is not None:
             defaults = from_dict(type(defaults), read_toml(file), defaults, str(file))
         doc = description or sys.modules[main.__module__].__doc__
-        parsed = tyro.cli(type(defaults), default=defaults, args=argv, description=doc + "\n\n--config FILE.toml sets the defaults.")
+        parsed = tyro.cli(
+            type(defaults), default=defaults, args=argv, description=doc + "\n\n--config FILE.toml sets the defaults."
+        )
         main(parsed)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command to go on", file=sys.stderr)
@@ -54,7 +56,9 @@ def run(main: Callable[[T], None], config: type[T] | T, description: str | None 
 def _one_line(error: BaseException) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = f"no space left on the disk of {error.filename or 'the output folder'}; free some and run the same command"
+        text = (
+            f"no space left on the disk of {error.filename or 'the output folder'}; free some and run the same command"
+        )
     elif isinstance(error, PermissionError):
         text = f"no permission for {error.filename}; choose another folder or change its rights"
     elif isinstance(error, FileNotFoundError) and error.filename:

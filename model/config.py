@@ -34,9 +34,7 @@ class MMDiTConfig:
                 f"attention_head_dim {self.attention_head_dim}"
             )
         if self.in_channels != self.out_channels * self.patch_size**2:
-            raise ValueError(
-                f"in_channels {self.in_channels} must be out_channels {self.out_channels} x patch_size^2"
-            )
+            raise ValueError(f"in_channels {self.in_channels} must be out_channels {self.out_channels} x patch_size^2")
 
     @property
     def width(self) -> int:

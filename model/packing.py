@@ -130,7 +130,9 @@ class Pack:
         a, b = n_txt // cp, n_img // cp
         at = self.joint_order
         img = at - n_txt
-        moved = torch.where(at < n_txt, at // a * (a + b) + at % a, img.div(b, rounding_mode="floor") * (a + b) + a + img % b)
+        moved = torch.where(
+            at < n_txt, at // a * (a + b) + at % a, img.div(b, rounding_mode="floor") * (a + b) + a + img % b
+        )
         return moved, torch.argsort(moved)
 
     def split_targets(self, x: Tensor) -> list[Tensor]:
@@ -157,13 +159,23 @@ class ModelInputs:
     """[n_target, C] what an objective compares the output with; unused by the model."""
     weight: Tensor | None = None
     """[S] what an objective needs a sample for; unused by the model."""
+    sigma_row: Tensor | None = None
+    """[S] row of `sigma` that each sample has (default: its own), so that samples at one noise level are modulated by
+    one row."""
+
+    def to(self, device: torch.device | str) -> "ModelInputs":
+        tensors = ("img", "txt", "sigma", "target", "weight", "sigma_row")
+        moved = {name: x.to(device) for name in tensors if (x := getattr(self, name)) is not None}
+        return replace(self, pack=self.pack.to(device), **moved)
 
 
 def patchify(latent: Tensor, patch: int = 2) -> Tensor:
     """Latent [C, F, H, W] -> tokens [F * H/p * W/p, C * p * p], channels ordered (c, dy, dx) as in the reference."""
     c, f, h, w = latent.shape
     if h % patch or w % patch:
-        raise ValueError(f"a latent of {h} x {w} does not divide into patches of {patch}; pictures need multiples of 16")
+        raise ValueError(
+            f"a latent of {h} x {w} does not divide into patches of {patch}; pictures need multiples of 16"
+        )
     x = latent.reshape(c, f, h // patch, patch, w // patch, patch)
     return x.permute(1, 2, 4, 0, 3, 5).reshape(f * (h // patch) * (w // patch), c * patch * patch)
 
@@ -196,7 +208,9 @@ def pack_inputs(
     """
     references = references or [[] for _ in targets]
     if not len(targets) == len(texts) == len(references) == len(sigma):
-        raise ValueError(f"{len(targets)} targets, {len(texts)} prompts, {len(references)} reference lists, {len(sigma)} sigmas")
+        raise ValueError(
+            f"{len(targets)} targets, {len(texts)} prompts, {len(references)} reference lists, {len(sigma)} sigmas"
+        )
     if pack is None:
         shapes = [
             SampleShape(len(t), token_size(x), tuple(map(token_size, refs)))

@@ -71,7 +71,9 @@ class VelocityMSE:
         dropped = [rng.uniform(s.key, s.epoch, "dropout") < self.condition_dropout for s in batch]
         inputs = pack_inputs(
             targets=[interpolate(s.latent, e, t) for s, e, t in zip(batch, noise, sigma, strict=True)],
-            texts=[s.txt_empty if d and s.txt_empty is not None else s.txt for s, d in zip(batch, dropped, strict=True)],
+            texts=[
+                s.txt_empty if d and s.txt_empty is not None else s.txt for s, d in zip(batch, dropped, strict=True)
+            ],
             sigma=sigma,
             references=[s.references for s in batch],
             align=align,

@@ -1,0 +1,77 @@
+"""Draw an export with diffusers' QwenImagePipeline and with our own sampler on the same noise; fail beyond 1e-4."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    from command_line import UserError, run
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+PROMPTS = ['a poster that says "HELLO"', "two red circles", "a blue square left of a green star", "a cup of coffee"]
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: Path = Path("runs/quick/grpo")
+    """The run that was exported; we draw from it."""
+    export: Path = Path("runs/quick/export")
+    """Its export; diffusers draws from it."""
+    out: Path = Path("runs/quick/report/compare.json")
+    steps: int = 8
+    cfg_scale: float = 4.0
+    height: int = 96
+    width: int = 64
+    tolerance: float = 1e-4
+    """Largest difference allowed, of latents relative to their largest magnitude and of pixels in 0 to 1."""
+
+
+def main(config: Config) -> None:
+    if not (config.export / "model_index.json").is_file():
+        raise UserError(f"{config.export} is no diffusers folder; make one with `python model/export.py`")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import json
+
+    import numpy as np
+    import torch
+    from diffusers import QwenImagePipeline
+    from PIL import Image
+
+    from demo.pictures import contact_sheet, data_uri
+    from evaluation.source import load
+    from model.packing import patchify
+
+    ours = load(config.checkpoint)
+    theirs = QwenImagePipeline.from_pretrained(config.export)
+    theirs.set_progress_bar_config(disable=True)
+    size, seeds = (config.height, config.width), range(len(PROMPTS))
+    latents = ours.latents(PROMPTS, [size] * len(PROMPTS), list(seeds), config.steps, config.cfg_scale)
+    pixels = ours.decode(latents)
+    worst, pairs = {"latents": 0.0, "pixels": 0.0}, ([], [])
+    for i, prompt in enumerate(PROMPTS):
+        settings = {
+            "prompt": prompt, "negative_prompt": " ", "true_cfg_scale": config.cfg_scale, "height": config.height,
+            "width": config.width, "num_inference_steps": config.steps,
+            "latents": patchify(ours.noise(size, i))[None],
+        }  # fmt: skip
+        latent = theirs(**settings, output_type="latent").images[0]
+        picture = theirs(**settings, output_type="np").images[0]
+        own = patchify(latents[i])
+        worst["latents"] = max(worst["latents"], float((latent - own).abs().max() / latent.abs().max()))
+        own_picture = ((pixels[i] + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
+        worst["pixels"] = max(worst["pixels"], float(np.abs(picture - own_picture).max()))
+        for row, image in zip(pairs, (picture, own_picture), strict=True):
+            row.append(Image.fromarray((image * 255).round().astype(np.uint8)))
+    print(f"largest difference from diffusers: latents {worst['latents']:.1e}, pixels {worst['pixels']:.1e}")
+    if not max(worst.values()) <= config.tolerance or not torch.stack([x.isfinite().all() for x in latents]).all():
+        raise UserError(f"our pictures and diffusers' differ by more than {config.tolerance:g}")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet = data_uri(contact_sheet(pairs[0] + pairs[1], len(PROMPTS), 128))
+    temporary = config.out.with_name(f".tmp-{config.out.name}")
+    temporary.write_text(json.dumps({**worst, "pictures": len(PROMPTS), "sheet": sheet}))
+    os.replace(temporary, config.out)
+
+
+if __name__ == "__main__":
+    run(main, Config)

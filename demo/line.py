@@ -1,0 +1,172 @@
+"""The whole line on one machine: data -> VAE -> pretraining -> SFT -> DPO -> Flow-GRPO -> export -> report.
+
+Each stage is one of this project's commands, run as a user would run it. A finished stage is not run again; an
+interrupted one is taken up where its own checkpoints left it. Two runs of one recipe give the same bits, however often
+they were interrupted.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import runpy
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+try:
+    from command_line import UserError, run
+    from demo.recipes import RECIPES, Stage, stages
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: Literal["quick", "demo"] = "quick"
+    """quick: 3 minutes on 2 cores, everything at toy length; demo: half an hour, long enough to learn something."""
+    data: Path | None = None
+    """Your pictures: a folder of images with captions (.txt or .json beside each) or webdataset tars. Default: our own."""
+    out: Path | None = None
+    """Where everything goes; default runs/<recipe>, with the name of the data appended when they are yours."""
+    dry_run: bool = False
+    """Print the stages and their commands, run nothing."""
+
+
+def warm_up() -> None:
+    """Import the heavy libraries once; stages are forked from this process and find them loaded."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import diffusers.pipelines.qwenimage.pipeline_qwenimage  # noqa: F401
+    import megatron.core.dist_checkpointing  # noqa: F401
+    import megatron.core.optimizer  # noqa: F401
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+
+
+def die_with_parent() -> None:
+    """Ask the kernel (Linux) to kill this process when its parent dies, so that a killed run leaves nothing behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def run_command(command: list[str], log: Path) -> int:
+    """Run `python SCRIPT ARGS` in a forked child of this warm process; returns its exit status.
+
+    The child's stdout goes to `log` and to the terminal; progress bars (stderr) to the terminal only.
+    """
+    pid = os.fork()
+    if pid == 0:
+        die_with_parent()
+        status = 1
+        try:
+            sys.argv = list(command)
+            sys.path[0] = str((ROOT / command[0]).parent)
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    while True:
+        try:
+            _, code = os.waitpid(pid, 0)
+            return os.waitstatus_to_exitcode(code)
+        except KeyboardInterrupt:  # the terminal sent it to the child as well: let it save
+            continue
+
+
+def fingerprint(stage: Stage, before: str) -> str:
+    """Changes when the stage's command or any stage before it does."""
+    return hashlib.sha256(json.dumps([stage.name, stage.command, before]).encode()).hexdigest()[:16]
+
+
+def write_marker(path: Path, content: dict) -> None:
+    """Record that a stage is finished, atomically and durably."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w") as f:
+        json.dump(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def run_line(line: list[Stage], out: Path) -> None:
+    """Run every stage that is not finished yet. Raises UserError naming the stage that failed."""
+    markers = out / "finished"
+    markers.mkdir(parents=True, exist_ok=True)
+    before, begin = "", time.monotonic()
+    for number, stage in enumerate(line, 1):
+        mark, marker = fingerprint(stage, before), markers / f"{stage.name}.json"
+        before = mark
+        title = f"[{number}/{len(line)}] {stage.name}: {stage.purpose}"
+        if marker.exists() and json.loads(marker.read_text())["fingerprint"] == mark:
+            print(f"{title} (finished before)", flush=True)
+            continue
+        print(f"\n{title}\n    {shlex.join(['python', *stage.command])}", flush=True)
+        start = time.monotonic()
+        status = run_command(stage.command, out / "logs")
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
+            raise UserError(f"stage {stage.name} ended with status {status}; mend the cause and run the same command")
+        write_marker(marker, {"fingerprint": mark, "seconds": round(time.monotonic() - start, 1)})
+        for picture in stage.pictures:
+            print(f"    picture: {picture}", flush=True)
+    print(f"\nfinished in {time.monotonic() - begin:.0f} s; open {out / 'report' / 'index.html'}", flush=True)
+
+
+def lock(out: Path):
+    """Hold the run folder; a second run of the same line waits until the first has ended."""
+    handle = open(out / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another run is at work in {out}; waiting for it to end", flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
+
+
+def main(config: Config) -> None:
+    recipe = RECIPES[config.recipe]
+    data = config.data.resolve() if config.data else None
+    if data is not None and not data.exists():
+        raise UserError(f"{config.data} does not exist; --data takes a folder of pictures with captions or of tars")
+    out = config.out or Path("runs") / (config.recipe if data is None else f"{config.recipe}-{data.name}")
+    line = stages(recipe, out, data)
+    if config.dry_run:
+        for number, stage in enumerate(line, 1):
+            print(f"[{number}/{len(line)}] {stage.name}: {stage.purpose}\n    {shlex.join(['python', *stage.command])}")
+        return
+    if os.environ.get("MAKELEVEL"):
+        die_with_parent()
+    out.mkdir(parents=True, exist_ok=True)
+    handle = lock(out)
+    warm_up()
+    try:
+        run_line(line, out)
+    finally:
+        handle.close()
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,167 @@
+"""The demo's page: data, reconstructions, curves, and the same prompts drawn after every stage.
+
+It shows what is there, so it can be made at any moment of a line. Prompts and seeds are fixed, never chosen by eye.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    from command_line import UserError, run
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+MODELS = ["pretrain-256", "pretrain-640", "sft", "dpo", "grpo"]
+TRAINED = ["vae", "image-decoder", *MODELS]
+
+
+@dataclass(frozen=True)
+class Config:
+    line: Path = Path("runs/quick")
+    """Folder of the line."""
+    steps: int = 12
+    """Denoising steps a picture."""
+    cfg_scale: float = 3.0
+    prompts: int = 8
+    """Prompts drawn from every stage."""
+    size: int = 96
+    """Side of the drawn pictures in pixels."""
+
+
+def raw_samples(line: Path, count: int) -> list:
+    """Raw samples spread evenly over the line's shards."""
+    from data_pipeline.shards import list_shards, read_raw
+
+    samples = [s for shard in list_shards(line / "data" / "raw") for s in read_raw(shard, lambda problem: None)]
+    return [samples[i * len(samples) // count] for i in range(min(count, len(samples)))]
+
+
+def reconstructions(line: Path, count: int = 8, side: int = 128):
+    """Rows: originals, image decoder, video decoder; or None before a VAE is there."""
+    folder = next((line / f for f in ("image-decoder", "vae") if (line / f / "vae").is_dir()), None)
+    if folder is None:
+        return None
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from demo.pictures import contact_sheet, decode
+    from vae.autoencoder import VAE
+
+    vae = VAE.from_folder(folder)
+    originals = [ImageOps.fit(decode(s.image), (side, side)) for s in raw_samples(line, count)]
+    pixels = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 127.5 - 1 for p in originals])
+    rows, names = [originals], ["original"]
+    decoders = ["image", "video"] if (folder / "vae_video").is_dir() else ["image"]
+    with torch.no_grad():
+        latent = vae.encode_latent(pixels[:, :, None])
+        for name in decoders:
+            out = vae.decode_latent(latent, decoder=name)[:, :, 0].clamp(-1, 1)
+            rows.append([Image.fromarray(((x.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for x in out])
+            names.append(f"{name} decoder, {10 * (4 / ((pixels - out) ** 2).mean()).log10():.1f} dB")
+    return contact_sheet([p for row in rows for p in row], count, side), names
+
+
+def curves(line: Path):
+    """One small plot a run: its loss (or reward) over steps; None before any run has logged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    logs = {name: read_metrics(line / name / "metrics.jsonl") for name in TRAINED}
+    logs = {name: rows for name, rows in logs.items() if rows}
+    if not logs:
+        return None
+    figure, axes = plt.subplots(1, len(logs), figsize=(3 * len(logs), 2.4), squeeze=False)
+    for axis, (name, rows) in zip(axes[0], logs.items(), strict=True):
+        metric = "reward" if any("reward" in r for r in rows) else "loss"
+        points = [(r["step"], r[metric]) for r in rows if metric in r]
+        axis.plot(*zip(*points, strict=True), lw=1)
+        axis.set_title(f"{name}: {metric}", fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a metrics.jsonl, or [] when there is none."""
+    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+
+
+def drawings(config: Config):
+    """(rows of PIL pictures, one row a model; model names; prompts), or None before a model is there."""
+    models = [
+        m
+        for m in MODELS
+        if (config.line / m / "checkpoints").is_dir() and any((config.line / m / "checkpoints").glob("step_*"))
+    ]
+    if not models:
+        return None
+    from PIL import Image
+
+    from evaluation.source import load
+
+    prompts = [s.meta["caption"] for s in raw_samples(config.line, config.prompts)]
+    rows = []
+    for model in models:
+        pipeline = load(config.line / model)
+        images = pipeline.generate(
+            prompts,
+            [(config.size, config.size)] * len(prompts),
+            list(range(len(prompts))),
+            config.steps,
+            config.cfg_scale,
+        )
+        rows.append([Image.fromarray(image) for image in images])
+    return rows, models, prompts
+
+
+def stage_table(line: Path) -> list[tuple[str, str, str]]:
+    """(stage, seconds, last logged loss or reward) of every finished stage."""
+    rows = []
+    for marker in sorted((line / "finished").glob("*.json"), key=lambda p: p.stat().st_mtime):
+        last = (read_metrics(line / marker.stem / "metrics.jsonl") or [{}])[-1]
+        shown = ", ".join(f"{k} {last[k]:.4g}" for k in ("loss", "reward") if k in last)
+        rows.append((marker.stem, f"{json.loads(marker.read_text())['seconds']:.0f}", shown))
+    return rows
+
+
+def main(config: Config) -> None:
+    if not (config.line / "data" / "raw").is_dir():
+        raise UserError(f"{config.line} holds no line yet; run `make quick` first")
+    import jinja2
+
+    from demo.pictures import contact_sheet, data_uri, decode
+
+    folder = config.line / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet = contact_sheet([decode(s.image) for s in raw_samples(config.line, 48)], 12, 96)
+    page = {"stages": stage_table(config.line), "data": data_uri(sheet), "name": config.line.name, "config": config}
+    if found := reconstructions(config.line):
+        page["reconstructions"], page["reconstruction_rows"] = data_uri(found[0]), found[1]
+        found[0].save(folder / "reconstructions.png")
+    if plot := curves(config.line):
+        page["curves"] = data_uri(plot)
+    if drawn := drawings(config):
+        rows, page["models"], page["prompts"] = drawn
+        page["drawings"] = [[data_uri(picture) for picture in row] for row in rows]
+        contact_sheet([p for row in rows for p in row], config.prompts, config.size).save(folder / "pictures.png")
+    compared = folder / "compare.json"
+    page["compare"] = json.loads(compared.read_text()) if compared.exists() else None
+    sheet.save(folder / "data.png")
+    template = jinja2.Template((Path(__file__).parent / "report.html").read_text(), autoescape=True)
+    temporary = folder / ".tmp-index.html"
+    temporary.write_text(template.render(page))
+    temporary.replace(folder / "index.html")
+    print(f"wrote {folder / 'index.html'}")
+
+
+if __name__ == "__main__":
+    run(main, Config)
