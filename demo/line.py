@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,7 @@ class Config:
     recipe: Literal["quick", "demo"] = "quick"
     """quick: 3 minutes on 2 cores, everything at toy length; demo: half an hour, long enough to learn something."""
     data: Path | None = None
-    """Your pictures: a folder of images with captions (.txt or .json beside each) or webdataset tars. Default: our own."""
+    """Your pictures: a folder of images with captions (.txt or .json beside each) or of webdataset tars; default: ours."""
     out: Path | None = None
     """Where everything goes; default runs/<recipe>, with the name of the data appended when they are yours."""
     dry_run: bool = False
@@ -59,11 +59,8 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def run_command(command: list[str], log: Path) -> int:
-    """Run `python SCRIPT ARGS` in a forked child of this warm process; returns its exit status.
-
-    The child's stdout goes to `log` and to the terminal; progress bars (stderr) to the terminal only.
-    """
+def run_command(command: list[str]) -> int:
+    """Run `python SCRIPT ARGS` in a forked child of this warm process; returns its exit status."""
     pid = os.fork()
     if pid == 0:
         die_with_parent()
@@ -124,14 +121,14 @@ def run_line(line: list[Stage], out: Path) -> None:
             continue
         print(f"\n{title}\n    {shlex.join(['python', *stage.command])}", flush=True)
         start = time.monotonic()
-        status = run_command(stage.command, out / "logs")
+        status = run_command(stage.command)
         if status == 130:
             raise KeyboardInterrupt
         if status:
             raise UserError(f"stage {stage.name} ended with status {status}; mend the cause and run the same command")
         write_marker(marker, {"fingerprint": mark, "seconds": round(time.monotonic() - start, 1)})
-        for picture in stage.pictures:
-            print(f"    picture: {picture}", flush=True)
+        if stage.page:
+            print(f"    open {stage.page}", flush=True)
     print(f"\nfinished in {time.monotonic() - begin:.0f} s; open {out / 'report' / 'index.html'}", flush=True)
 
 

@@ -1,6 +1,6 @@
 """The demo's stages as data: which commands run, in which order, with which lengths. Imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -24,14 +24,33 @@ class Recipe:
 
 RECIPES = {
     "quick": Recipe(
-        pictures=480, vae_steps=150, image_decoder_steps=40, steps_256=160, steps_640=40,
-        sft_steps=20, dpo_pairs=16, dpo_steps=10, grpo_steps=4, sample_steps=12,
+        pictures=480,
+        vae_steps=150,
+        image_decoder_steps=40,
+        steps_256=160,
+        steps_640=40,
+        sft_steps=20,
+        dpo_pairs=16,
+        dpo_steps=10,
+        grpo_steps=4,
+        sample_steps=12,
     ),
     "demo": Recipe(
-        pictures=8000, vae_steps=1500, image_decoder_steps=300, steps_256=2400, steps_640=400,
-        sft_steps=150, dpo_pairs=96, dpo_steps=60, grpo_steps=30, sample_steps=30,
+        pictures=8000,
+        vae_steps=1500,
+        image_decoder_steps=300,
+        steps_256=2400,
+        steps_640=400,
+        sft_steps=150,
+        dpo_pairs=96,
+        dpo_steps=60,
+        grpo_steps=30,
+        sample_steps=30,
     ),
-}  # fmt: skip
+}
+
+TOY_RES = {"256": "64", "640": "96"}
+"""Side in pixels at which the tiny model plays each stage of the curriculum on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -41,73 +60,63 @@ class Stage:
     name: str
     purpose: str
     command: list[str]
-    pictures: list[Path] = field(default_factory=list)
-    """Files worth opening once the stage is finished."""
+    page: Path | None = None
+    """What is worth opening once the stage is finished."""
 
 
 def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
     """The commands of a line that works in `out`, on the user's `data` or on our own."""
-    raw, curated, components = out / "data" / "raw", out / "data" / "curated", out / "components"
-    encoded = {"256": out / "data" / "encoded-256", "640": out / "data" / "encoded-640"}
-    report = out / "report"
+    raw, curated, report = out / "data" / "raw", out / "data" / "curated", out / "report"
+    components, encoded = out / "components", {res: out / "data" / f"encoded-{res}" for res in TOY_RES}
 
-    def page(*, until: str) -> Stage:
+    def stage(name: str, purpose: str, *command: object) -> Stage:
+        return Stage(name, purpose, [str(word) for word in command])
+
+    def page(after: str) -> Stage:
         command = ["demo/report.py", "--line", str(out), "--steps", str(recipe.sample_steps)]
-        return Stage(f"report-{until}", f"pictures and curves up to {until}", command, [report / "index.html"])
+        return Stage(f"report-{after}", f"the page so far, after {after}", command, report / "index.html")
 
-    def pretrain(res: str, steps: int, *init: str) -> Stage:
-        command = ["pretrain/stage.py", "--res", res, "--preset", "tiny", "--data", str(encoded[res])]
-        command += [
-            "--components",
-            str(components),
-            "--steps",
-            str(steps),
-            "--out",
-            str(out / f"pretrain-{res}"),
-            *init,
-        ]
-        return Stage(f"pretrain-{res}", f"flow matching, stage {res}", command)
+    def vae(name: str, purpose: str, decoder: str, steps: int, *more: object) -> Stage:
+        common = ["vae/train.py", "--recipe", decoder, "--data", curated, "--size", 64, "--steps", steps]
+        return stage(name, purpose, *common, "--out", out / name, *more)
 
     def produce(res: str) -> Stage:
-        command = ["data_pipeline/produce.py", "--data", str(curated), "--components", str(components)]
-        command += ["--res", TOY_RES[res], "--out", str(encoded[res])]
-        return Stage(f"produce-{res}", f"text and latents for stage {res} ({TOY_RES[res]} px here)", command)
+        purpose = f"text and latents for stage {res}, at {TOY_RES[res]} px here"
+        common = ["data_pipeline/produce.py", "--data", curated, "--components", components]
+        return stage(f"produce-{res}", purpose, *common, "--res", TOY_RES[res], "--out", encoded[res])
+
+    def train(name: str, purpose: str, script: str, steps: int, *more: object) -> Stage:
+        common = [script, "--components", components, "--steps", steps, "--out", out / name]
+        return stage(name, purpose, *common, *more)
+
+    def pretrain(res: str, steps: int, *more: object) -> Stage:
+        where = ["--res", res, "--preset", "tiny", "--data", encoded[res]]
+        return train(f"pretrain-{res}", f"flow matching, stage {res}", "pretrain/stage.py", steps, *where, *more)
 
     if data is None:
-        command = ["data_pipeline/synthesize.py", "--count", str(recipe.pictures), "--size", "128", "--out", str(raw)]
-        source = Stage("data", "draw words in real fonts and shapes, crop photographs", command)
+        draw = ["data_pipeline/synthesize.py", "--count", recipe.pictures, "--size", 128, "--out", raw]
+        source = stage("data", "words in real fonts, shapes, crops of photographs", *draw)
     else:
-        command = ["data_pipeline/ingest.py", "--data", str(data), "--out", str(raw)]
-        source = Stage("data", f"read {data}", command)
-    vae = ["vae/train.py", "--data", str(curated), "--size", "64"]
-    run = lambda stage: str(out / stage)  # noqa: E731
-    shared = ["--components", str(components), "--data", str(encoded["640"])]
+        source = stage("data", f"pictures of {data}", "data_pipeline/ingest.py", "--data", data, "--out", raw)
+    sft_data = ["--data", encoded["640"], "--init", out / "pretrain-640"]
     return [
         source,
-        page(until="data"),
-        Stage("curate", "first filters and their audit", ["data_pipeline/curate.py", "--data", str(raw), "--out", str(curated)]),
-        Stage("vae", "encoder and video decoder", [*vae, "--recipe", "base", "--steps", str(recipe.vae_steps), "--out", run("vae")]),
-        Stage("image-decoder", "image decoder on the frozen encoder",
-              [*vae, "--recipe", "image-decoder", "--init", run("vae"), "--steps", str(recipe.image_decoder_steps), "--out", run("image-decoder")]),
-        Stage("components", "text encoder, tokenizer, scheduler, VAE in one folder",
-              ["demo/components.py", "--vae", run("image-decoder"), "--out", str(components)]),
+        page("data"),
+        stage("curate", "first filters and their audit", "data_pipeline/curate.py", "--data", raw, "--out", curated),
+        vae("vae", "encoder and video decoder", "base", recipe.vae_steps),
+        vae("image-decoder", "on the frozen encoder", "image-decoder", recipe.image_decoder_steps, "--init", out / "vae"),
+        stage("components", "all but the MMDiT", "demo/components.py", "--vae", out / "image-decoder", "--out", components),
         produce("256"),
         produce("640"),
         pretrain("256", recipe.steps_256),
-        page(until="pretrain-256"),
-        pretrain("640", recipe.steps_640, "--init", run("pretrain-256")),
-        Stage("sft", "supervised fine-tuning", ["posttrain/sft.py", *shared, "--init", run("pretrain-640"),
-              "--steps", str(recipe.sft_steps), "--out", run("sft")]),
-        Stage("dpo", "direct preference optimisation", ["posttrain/dpo.py", "--components", str(components), "--init", run("sft"),
-              "--num-pairs", str(recipe.dpo_pairs), "--steps", str(recipe.dpo_steps), "--out", run("dpo")]),
-        Stage("grpo", "Flow-GRPO on the shapes reward", ["posttrain/flow_grpo.py", "--components", str(components), "--init", run("dpo"),
-              "--steps", str(recipe.grpo_steps), "--out", run("grpo")]),
-        Stage("export", "a diffusers folder", ["model/export.py", "--checkpoint", run("grpo"), "--output", run("export")]),
-        Stage("compare", "diffusers draws it, as we do", ["demo/compare.py", "--checkpoint", run("grpo"),
-              "--export", run("export"), "--out", str(report / "compare.json")]),
-        page(until="export"),
+        page("pretrain-256"),
+        pretrain("640", recipe.steps_640, "--init", out / "pretrain-256"),
+        train("sft", "supervised fine-tuning", "posttrain/sft.py", recipe.sft_steps, *sft_data),
+        train("dpo", "direct preference optimisation", "posttrain/dpo.py", recipe.dpo_steps,
+              "--init", out / "sft", "--num-pairs", recipe.dpo_pairs),
+        train("grpo", "Flow-GRPO", "posttrain/flow_grpo.py", recipe.grpo_steps, "--init", out / "dpo"),
+        stage("export", "a diffusers folder", "model/export.py", "--checkpoint", out / "grpo", "--output", out / "export"),
+        stage("compare", "diffusers draws the same", "demo/compare.py", "--checkpoint", out / "grpo",
+              "--export", out / "export", "--out", report / "compare.json"),
+        page("export"),
     ]  # fmt: skip
-
-
-TOY_RES = {"256": "64", "640": "96", "1328": "128"}
-"""Side in pixels at which the tiny model plays each stage on a CPU."""

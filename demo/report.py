@@ -3,7 +3,6 @@
 It shows what is there, so it can be made at any moment of a line. Prompts and seeds are fixed, never chosen by eye.
 """
 
-import base64
 import io
 import json
 from dataclasses import dataclass

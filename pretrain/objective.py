@@ -20,8 +20,8 @@ from model.packing import ModelInputs, pack_inputs, patchify
 from pretrain.randomness import Randomness
 
 Frozen = Callable[[str, ModelInputs], Tensor]
-"""frozen(name, inputs): a forward without gradient through "ema", "reference" or another frozen copy, run by the engine;
-returns the velocity [n_target, C]."""
+"""frozen(name, inputs): the velocity [n_target, C] of "ema", "reference" or another frozen copy, without gradient, run by
+the engine."""
 
 Metrics = dict[str, Tensor]
 """Sums over the batch's weight; the engine divides them by the total weight."""

@@ -72,7 +72,7 @@ def test_names_say_something():
 
 
 def test_entries_do_not_shadow_modules():
-    """`python folder/entry.py` puts folder first on sys.path: nothing there may be named like a module others import."""
+    """`python folder/entry.py` puts folder first on sys.path: nothing there may be named like another module."""
     third_party = set(importlib.metadata.packages_distributions())
     for folder in {p.parent for p in ENTRIES if p.name != "__main__.py"}:
         for path in [*folder.glob("*.py"), *(d for d in folder.iterdir() if (d / "__init__.py").exists())]:
