@@ -1,0 +1,32 @@
+"""Advantages: how much better a picture is than the other pictures of its prompt (GRPO, arXiv 2402.03300, section 4.1).
+
+Shape legend: P prompts, G pictures of each.
+"""
+
+import torch
+from torch import Tensor
+
+EPS = 1e-4
+"""Added to the standard deviation, as in Flow-GRPO's code."""
+
+
+def group_advantages(rewards: Tensor, std: Tensor | None = None, clip: float = 5.0) -> Tensor:
+    """(reward - mean of its group) / (std + 1e-4), clipped to +-clip: fp32 [P, G] -> [P, G].
+
+    `std` is each group's own by default; pass the batch's (a scalar, `batch_std`) to keep prompts on which all
+    pictures are nearly alike from being blown up. A group of equal rewards has advantage 0. Raises ValueError for
+    groups of one and for rewards that aren't finite.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"advantages compare at least 2 pictures of a prompt, got rewards of shape {tuple(rewards.shape)}")
+    if not torch.isfinite(rewards).all():
+        raise ValueError(f"{(~torch.isfinite(rewards)).sum()} of {rewards.numel()} rewards are NaN or infinite")
+    rewards = rewards.double()  # the mean of equal fp32 numbers is then exact, their advantage 0
+    if std is None:
+        std = rewards.std(dim=1, correction=0, keepdim=True)
+    return ((rewards - rewards.mean(dim=1, keepdim=True)) / (std + EPS)).clamp(-clip, clip).float()
+
+
+def batch_std(rewards: Tensor) -> Tensor:
+    """Standard deviation of all rewards of an update about their common mean, fp32 scalar: [P, G] of every rank."""
+    return rewards.float().std(correction=0)
