@@ -33,7 +33,7 @@ class Config:
     recipe: Literal["quick", "demo"] = "quick"
     """quick: 3 minutes on 2 cores, everything at toy length; demo: half an hour, long enough to learn something."""
     data: Path | None = None
-    """Your pictures: a folder of images with captions (.txt or .json beside each) or of webdataset tars; default: ours."""
+    """A folder of your images with captions (.txt or .json beside each), or of webdataset tars; default: ours."""
     out: Path | None = None
     """Where everything goes; default runs/<recipe>, with the name of the data appended when they are yours."""
     dry_run: bool = False

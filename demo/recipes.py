@@ -98,14 +98,15 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         source = stage("data", "words in real fonts, shapes, crops of photographs", *draw)
     else:
         source = stage("data", f"pictures of {data}", "data_pipeline/ingest.py", "--data", data, "--out", raw)
+    trained_vae, last, export = out / "image-decoder", out / "grpo", out / "export"
     sft_data = ["--data", encoded["640"], "--init", out / "pretrain-640"]
     return [
         source,
         page("data"),
         stage("curate", "first filters and their audit", "data_pipeline/curate.py", "--data", raw, "--out", curated),
         vae("vae", "encoder and video decoder", "base", recipe.vae_steps),
-        vae("image-decoder", "on the frozen encoder", "image-decoder", recipe.image_decoder_steps, "--init", out / "vae"),
-        stage("components", "all but the MMDiT", "demo/components.py", "--vae", out / "image-decoder", "--out", components),
+        vae("image-decoder", "encoder frozen", "image-decoder", recipe.image_decoder_steps, "--init", out / "vae"),
+        stage("components", "text encoder too", "demo/components.py", "--vae", trained_vae, "--out", components),
         produce("256"),
         produce("640"),
         pretrain("256", recipe.steps_256),
@@ -115,8 +116,8 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         train("dpo", "direct preference optimisation", "posttrain/dpo.py", recipe.dpo_steps,
               "--init", out / "sft", "--num-pairs", recipe.dpo_pairs),
         train("grpo", "Flow-GRPO", "posttrain/flow_grpo.py", recipe.grpo_steps, "--init", out / "dpo"),
-        stage("export", "a diffusers folder", "model/export.py", "--checkpoint", out / "grpo", "--output", out / "export"),
-        stage("compare", "diffusers draws the same", "demo/compare.py", "--checkpoint", out / "grpo",
-              "--export", out / "export", "--out", report / "compare.json"),
+        stage("export", "a diffusers folder", "model/export.py", "--checkpoint", last, "--output", export),
+        stage("compare", "diffusers draws the same", "demo/compare.py", "--checkpoint", last,
+              "--export", export, "--out", report / "compare.json"),
         page("export"),
     ]  # fmt: skip

@@ -20,8 +20,7 @@ from model.packing import ModelInputs, pack_inputs, patchify
 from pretrain.randomness import Randomness
 
 Frozen = Callable[[str, ModelInputs], Tensor]
-"""frozen(name, inputs): the velocity [n_target, C] of "ema", "reference" or another frozen copy, without gradient, run by
-the engine."""
+"""frozen(name, inputs): velocity [n_target, C] of "ema", "reference" or another frozen copy, run without gradient."""
 
 Metrics = dict[str, Tensor]
 """Sums over the batch's weight; the engine divides them by the total weight."""
