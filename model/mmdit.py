@@ -54,12 +54,14 @@ class MMDiT(nn.Module):
         txt = self.txt_in(self.txt_norm(ops.shard_tokens(inputs.txt).to(dtype)))
 
         temb = txt_temb = F.silu(self.time(inputs.sigma, dtype))
-        img_row = pack.img_sample
+        rows, img_row, txt_row = len(inputs.sigma), pack.img_sample, pack.txt_sample
+        if inputs.sigma_row is not None:
+            img_row, txt_row = inputs.sigma_row[img_row], inputs.sigma_row[txt_row]
         if self.config.zero_cond_t:  # references are modulated by the rows of sigma = 0
             temb = torch.cat([temb, F.silu(self.time(torch.zeros_like(inputs.sigma), dtype))])
             reference = torch.arange(len(img_row), device=img_row.device) >= pack.n_target
-            img_row = img_row + reference * pack.n_samples
-        img_row, txt_row = ops.shard_tokens(img_row), ops.shard_tokens(pack.txt_sample)
+            img_row = img_row + reference * rows
+        img_row, txt_row = ops.shard_tokens(img_row), ops.shard_tokens(txt_row)
         img_rope, txt_rope = (
             tuple(ops.shard_context(t) for t in rope_table(p, self.config.axes_dims_rope))
             for p in (pack.img_pos, pack.txt_pos)
@@ -69,7 +71,7 @@ class MMDiT(nn.Module):
 
         if ops.shards == 1:
             img, img_row = img[: pack.n_target], img_row[: pack.n_target]
-        velocity = self.output(img, txt_temb, img_row % pack.n_samples)
+        velocity = self.output(img, txt_temb, img_row % rows)
         return ops.gather_tokens(velocity)[: pack.n_target]
 
     @torch.no_grad()
