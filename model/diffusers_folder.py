@@ -48,7 +48,7 @@ def locate(source: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> MMDiTConfig:
-    """Config of `folder`/transformer. ValueError for a model that is not Qwen-Image's or has parts that ours has not."""
+    """Config of `folder`/transformer. ValueError for another model or one with more parts."""
     file = Path(folder) / "transformer" / "config.json"
     try:
         values = json.loads(file.read_text())
@@ -125,9 +125,12 @@ def write_pipeline(
         _write_transformer(temporary / "transformer", config, weights, dtype, max_shard_bytes)
         index = {"_class_name": pipeline, "_diffusers_version": "0.42.1", **{k: list(parts[k]) for k in sorted(parts)}}
         _write_json(temporary / "model_index.json", index)
+        for file in temporary.rglob("*"):
+            _sync(file)
         if output.exists():
             shutil.rmtree(output)
         temporary.rename(output)
+        _sync(output.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -163,3 +166,9 @@ def _write_transformer(
 
 def _write_json(file: Path, values: dict) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

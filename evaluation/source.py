@@ -1,0 +1,65 @@
+"""Where pictures come from: one of our runs or checkpoints, or any Qwen-Image diffusers folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from command_line import UserError, read_toml
+from model.conditioner import Conditioner
+from model.config import MMDiTConfig
+from model.diffusers_folder import load_transformer, locate, read_config
+from model.mmdit import MMDiT
+from model.text_to_image import TextToImage
+from vae.autoencoder import VAE
+
+
+def load(
+    source: Path | str,
+    ema: bool = True,
+    components: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> TextToImage:
+    """The pictures' maker of `source`: a run folder, a checkpoint in one, a diffusers folder or a hub id.
+
+    `ema` takes a run's averaged weights; `components` replaces the folder that the source names; `settings` are those
+    of `TextToImage`. Raises UserError if the source is none of these.
+    """
+    if run := run_folder(source):
+        from pretrain.engine.checkpoint import read_weights
+
+        config, weights = read_weights(Path(source), ema=ema)
+        model = _empty_model(config, device, dtype)
+        model.load_state_dict(weights)
+        components = components or run_components(run)
+    else:
+        folder = locate(source)
+        model = _empty_model(read_config(folder), device, dtype)
+        load_transformer(folder, model)
+        components = components or folder
+    conditioner = Conditioner.from_folder(components, device, dtype)
+    vae = VAE.from_folder(components, device, dtype)
+    return TextToImage(model.eval().requires_grad_(False), conditioner, vae, device, **settings)
+
+
+def run_folder(source: Path | str) -> Path | None:
+    """The run that `source` is, or is a checkpoint of; None if it is neither."""
+    return next((p for p in (Path(source), *Path(source).parents[:2]) if (p / "config.toml").is_file()), None)
+
+
+def run_components(run: Path) -> Path:
+    """The components folder that a run was trained with."""
+    components = read_toml(run / "config.toml").get("components")
+    if components is None or not Path(components).is_dir():
+        raise UserError(
+            f"{run}/config.toml names the components folder {components}, which is not there; give --components"
+        )
+    return Path(components)
+
+
+def _empty_model(config: MMDiTConfig, device: torch.device | str, dtype: torch.dtype) -> MMDiT:
+    with torch.device("meta"):
+        model = MMDiT(config)
+    return model.to(dtype).to_empty(device=device)

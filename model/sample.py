@@ -1,0 +1,77 @@
+"""Draw pictures for prompts given at the command line, from a run, a checkpoint or a diffusers folder."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+try:
+    from command_line import UserError, progress, run
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = "runs/quick/export"
+    """A run folder, a checkpoint, a diffusers folder or a hub id."""
+    prompt: tuple[str, ...] = ("a photo of a red circle",)
+    """One picture is drawn for each prompt."""
+    image: tuple[Path, ...] = ()
+    """Pictures to edit, given to every prompt."""
+    output: Path = Path("samples")
+    """Folder for the pictures, NUMBER.png."""
+    height: int = 96
+    """Pixels, a multiple of 16 (Qwen-Image itself: 1328)."""
+    width: int = 96
+    steps: int = 50
+    cfg_scale: float = 4.0
+    """1 draws without guidance."""
+    negative_prompt: str = " "
+    seed: int = 0
+    """Seed of the first picture; the others count on from it."""
+    ema: bool = True
+    """Use a run's averaged weights."""
+    components: Path | None = None
+    """Folder with text_encoder/, tokenizer/ and vae/ (default: what the checkpoint names)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 else."""
+    dry_run: bool = False
+    """Say what would be drawn, and stop."""
+
+
+def main(config: Config) -> None:
+    if config.height % 16 or config.width % 16 or min(config.height, config.width) < 16:
+        raise UserError(f"{config.height} x {config.width} pixels: both sides must be positive multiples of 16")
+    if missing := [str(p) for p in config.image if not p.is_file()]:
+        raise UserError(f"no picture at {', '.join(missing)}")
+    plan = f"{config.height} x {config.width} px, {config.steps} steps, guidance {config.cfg_scale:g}"
+    print(f"{len(config.prompt)} pictures of {plan}, from {config.checkpoint}")
+    if config.dry_run:
+        return
+
+    import torch
+    from PIL import Image
+
+    from evaluation.source import load
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    dtype = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
+    maker = load(config.checkpoint, config.ema, config.components, device, getattr(torch, dtype))
+    images = [Image.open(p) for p in config.image]
+    config.output.mkdir(parents=True, exist_ok=True)
+    with progress(len(config.prompt), "draw", "picture") as bar:
+        for i, prompt in enumerate(config.prompt):
+            size = (config.height, config.width)
+            (picture,) = maker.generate(
+                [prompt], [size], [config.seed + i], config.steps, config.cfg_scale, [images], config.negative_prompt
+            )
+            Image.fromarray(picture).save(config.output / ".tmp.png")
+            os.replace(config.output / ".tmp.png", config.output / f"{i}.png")
+            bar.update()
+    print(f"wrote {config.output}/0.png" + (f" … {len(config.prompt) - 1}.png" if len(config.prompt) > 1 else ""))
+
+
+if __name__ == "__main__":
+    run(main, Config)
