@@ -1,0 +1,51 @@
+"""A synthetic picture with its record."""
+
+import hashlib
+import io
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.buckets import buckets
+from data_pipeline.sample import RawSample
+from data_pipeline.synthesis.typesetting import Line
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a kind makes of (seed, index)."""
+
+    image: np.ndarray
+    """uint8 [h, w, 3] RGB."""
+    caption: str
+    lines: tuple[Line, ...] = ()
+    record: dict = field(default_factory=dict)
+    """Further entries of the sample's record."""
+
+
+def generator(seed: int, index: int, purpose: str = "") -> np.random.Generator:
+    """Random numbers as a function of the arguments only."""
+    digest = hashlib.blake2b(f"{seed}/{index}/{purpose}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def draw_size(rng: np.random.Generator, side: int) -> tuple[int, int]:
+    """(h, w) of one of the nine buckets at the area of a square of `side` pixels, drawn uniformly."""
+    sizes = buckets(side)
+    w, h = sizes[rng.integers(len(sizes))]
+    return h, w
+
+
+def to_sample(picture: Picture, key: str, source: str, jpeg_quality: int | None = None) -> RawSample:
+    """The picture as a raw sample: PNG, or JPEG of the given quality."""
+    buffer = io.BytesIO()
+    if jpeg_quality is None:
+        Image.fromarray(picture.image).save(buffer, "PNG", compress_level=4)
+    else:
+        Image.fromarray(picture.image).save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    height, width = picture.image.shape[:2]
+    meta = {"caption": picture.caption, "source": source, "width": width, "height": height, **picture.record}
+    if picture.lines:
+        meta["lines"] = [{"text": line.text, "box": list(line.box)} for line in picture.lines]
+    return RawSample(key, buffer.getvalue(), "png" if jpeg_quality is None else "jpg", meta)

@@ -1,0 +1,210 @@
+"""Sets a passage in a face and draws it, with the box of every line.
+
+A line's box is that of its drawn pixels, (x0, y0, x1, y1) with x1 and y1 one past the last pixel. Drawing is in
+coverage (0 to 255), so that pictures, surfaces and layouts can blend ink as they need.
+"""
+
+import functools
+import math
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, features
+
+from data_pipeline.synthesis.fonts import Face
+from data_pipeline.synthesis.line_breaking import break_lines, is_ideographic, split_units
+
+Align = Literal["left", "center", "right", "justify"]
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a passage is set."""
+
+    face: Face
+    px: int
+    """Pixels per em."""
+    leading: float = 1.3
+    """Distance of lines (of columns, if vertical), in em."""
+    tracking: float = 0.0
+    """Space added after every character, in em."""
+    align: Align = "left"
+    vertical: bool = False
+    """Characters from top to bottom, columns from right to left; Latin words lie on their side."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A drawn line: its text and the box of its pixels."""
+
+    text: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class Block:
+    """A drawn passage: coverage uint8 [h, w] and its lines."""
+
+    coverage: np.ndarray
+    lines: tuple[Line, ...]
+
+
+def set_passage(text: str, style: Style, width: int, height: int) -> Block | None:
+    """Draw `text` in a block of `width` x `height` pixels, from its top; None if it doesn't fit or can't be shaped."""
+    if _needs_shaping(text) and not features.check("raqm"):
+        return None
+    along = height if style.vertical else width
+    lines = break_lines(text, along, functools.partial(_advance, style))
+    if lines is None:
+        return None
+    across = width if style.vertical else height
+    pitch = style.px * style.leading
+    if pitch * (len(lines) - 1) + style.px > across:
+        return None
+    layers = [_draw_line(line, style, along, _is_last(lines, i, text)) for i, line in enumerate(lines)]
+    canvas = Image.new("L", (width, height))
+    drawn = []
+    for i, (line, layer) in enumerate(zip(lines, layers, strict=True)):
+        ink = layer.getbbox()
+        if ink is None:
+            continue
+        margin = style.px
+        if style.vertical:
+            x, y = round(width - style.px - i * pitch) - margin, -margin
+        else:
+            x, y = -margin, round(i * pitch) - margin
+        box = (ink[0] + x, ink[1] + y, ink[2] + x, ink[3] + y)
+        if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
+            return None
+        canvas.paste(255, (box[0], box[1]), layer.crop(ink))
+        drawn.append(Line(line, box))
+    return Block(np.asarray(canvas), tuple(drawn))
+
+
+def fit_passage(text: str, style: Style, width: int, height: int, least_px: int) -> Block | None:
+    """`set_passage` at the largest size from `style.px` down to `least_px` that fits; None if even that doesn't."""
+    px = style.px
+    while px >= least_px:
+        block = set_passage(text, Style(**{**vars(style), "px": px}), width, height)
+        if block is not None:
+            return block
+        px = min(px - 1, int(px * 0.92))
+    return None
+
+
+def trim(block: Block) -> Block:
+    """The block without the empty space around its ink."""
+    boxes = np.array([line.box for line in block.lines])
+    (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    return shift(Block(block.coverage[y0:y1, x0:x1], block.lines), -int(x0), -int(y0))
+
+
+def shift(block: Block, dx: int, dy: int) -> Block:
+    """The same coverage with boxes moved by (dx, dy)."""
+    moved = (Line(n.text, (n.box[0] + dx, n.box[1] + dy, n.box[2] + dx, n.box[3] + dy)) for n in block.lines)
+    return Block(block.coverage, tuple(moved))
+
+
+def _needs_shaping(text: str) -> bool:
+    return any(unicodedata.bidirectional(c) in ("R", "AL") or unicodedata.category(c) in ("Mn", "Mc") for c in text)
+
+
+def _font(style: Style, text: str) -> ImageFont.FreeTypeFont:
+    return style.face.at(style.px, _needs_shaping(text))
+
+
+def _pieces(text: str, style: Style) -> list[str]:
+    """What is drawn at once: the line, or its characters where space goes between them."""
+    if style.vertical:
+        return _vertical_pieces(text)
+    return list(text) if style.tracking and not _needs_shaping(text) else [text]
+
+
+def _advance(style: Style, text: str) -> float:
+    font, gap = _font(style, text), style.tracking * style.px
+    if style.vertical:
+        return sum(style.px if _is_upright(p) else font.getlength(p) for p in _vertical_pieces(text)) + gap * len(text)
+    pieces = _pieces(text, style)
+    return sum(font.getlength(p) for p in pieces) + gap * (len(pieces) - 1)
+
+
+def _is_last(lines: list[str], i: int, text: str) -> bool:
+    """Whether line i ends a paragraph, which justified setting leaves alone."""
+    ends = np.cumsum([len(p.replace(" ", "")) for p in text.split("\n")])
+    return bool(np.isin(sum(len(line.replace(" ", "")) for line in lines[: i + 1]), ends))
+
+
+def _draw_line(line: str, style: Style, along: int, is_last: bool) -> Image.Image:
+    """One line in a layer with a margin of one em on every side."""
+    if style.vertical:
+        return _draw_column(line, style, along)
+    font, px = _font(style, line), style.px
+    layer = Image.new("L", (along + 2 * px, 3 * px))
+    draw = ImageDraw.Draw(layer)
+    pieces, gap = _pieces(line, style), style.tracking * px
+    slack = along - _advance(style, line)
+    x = {"center": slack / 2, "right": slack}.get(style.align, 0.0)
+    if style.align == "justify" and not is_last and not _needs_shaping(line):
+        units = split_units(line)
+        if len(units) > 1 and slack < 0.35 * along:
+            spread = (along - sum(_advance(style, u) for u in units)) / (len(units) - 1)
+            for unit in units:
+                draw.text((round(px + x), 2 * px), unit.rstrip(), 255, font, anchor="ls")
+                x += _advance(style, unit) + spread
+            return layer
+    for piece in pieces:
+        draw.text((round(px + x), 2 * px), piece, 255, font, anchor="ls")
+        x += font.getlength(piece) + gap
+    return layer
+
+
+# Vertical setting: full-width marks that turn with the line, and those that move to the upper right of their square.
+_TURNED = frozenset("（）《》〈〉「」『』【】〔〕〖〗—…～ー－｛｝［］：；")
+_RAISED = frozenset("、。，．")
+
+
+def _is_upright(piece: str) -> bool:
+    return len(piece) == 1 and is_ideographic(piece) and piece not in _TURNED
+
+
+def _vertical_pieces(text: str) -> list[str]:
+    """Single upright or turned full-width characters, and runs of others, which lie on their side."""
+    pieces: list[str] = []
+    run = False
+    for char in text:
+        single = is_ideographic(char) or char in _TURNED
+        if single or not run:
+            pieces.append(char)
+        else:
+            pieces[-1] += char
+        run = not single
+    return pieces
+
+
+def _draw_column(line: str, style: Style, along: int) -> Image.Image:
+    font, px = _font(style, line), style.px
+    layer = Image.new("L", (3 * px, along + 2 * px))
+    slack = along - _advance(style, line)
+    y = px + {"center": slack / 2, "right": slack}.get(style.align, 0.0)
+    for piece in _vertical_pieces(line):
+        if _is_upright(piece):
+            glyph = Image.new("L", (2 * px, 2 * px))
+            raised = 0.55 * px if piece in _RAISED else 0
+            ImageDraw.Draw(glyph).text((px / 2 + raised, px * 1.38 - raised), piece, 255, font, anchor="ls")
+            _lighten(layer, glyph, (px // 2, round(y) - px // 2))
+            y += px + style.tracking * px
+            continue
+        length = px if len(piece) == 1 and is_ideographic(piece) else font.getlength(piece)
+        glyph = Image.new("L", (math.ceil(length) + 2 * px, 2 * px))
+        # The baseline lies so that the middle of the x-height meets the column's middle.
+        ImageDraw.Draw(glyph).text((px, px * 1.36), piece, 255, font, anchor="ls")
+        _lighten(layer, glyph.transpose(Image.Transpose.ROTATE_270), (px // 2, round(y) - px))
+        y += length + style.tracking * px * len(piece)
+    return layer
+
+
+def _lighten(layer: Image.Image, glyph: Image.Image, at: tuple[int, int]) -> None:
+    layer.paste(255, at, glyph)

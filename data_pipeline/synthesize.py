@@ -1,0 +1,132 @@
+"""Make synthetic training pictures with captions, as shards: text in real fonts, shapes, photographs.
+
+Every sample is a function of the seed and its index: any number of workers writes the same bytes, and a run that was
+interrupted goes on when it is started again.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+try:
+    from command_line import UserError, progress, run
+except ModuleNotFoundError:
+    raise SystemExit("not installed: run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to make."""
+
+    out: Path = Path("runs/synthetic")
+    """Folder for the shards."""
+    kinds: str = "text,shapes,photo"
+    """Kinds of pictures, with shares if they differ: text:2,shapes,photo:0.5."""
+    count: int = 1000
+    """Samples in all."""
+    size: int = 256
+    """Pictures have about the area of a square with this side, in pixels (a multiple of 16), in nine aspect ratios."""
+    seed: int = 0
+    corpus: Path | None = None
+    """UTF-8 text to draw, a paragraph a line: a .txt file or a folder of them. Default: a small embedded one."""
+    shard_size: int = 500
+    """Samples in a shard."""
+    workers: int = os.cpu_count() or 1
+    """Processes."""
+    dry_run: bool = False
+    """Only say what would be made."""
+
+
+def main(config: Config) -> None:
+    from data_pipeline.shards import shard_name, write_raw
+    from data_pipeline.synthesis.kinds import Recipe, Sources, parse_kinds
+
+    if min(config.count, config.shard_size, config.workers) < 1:
+        raise UserError("--count, --shard-size and --workers must be at least 1")
+    if config.size < 32 or config.size % 16:
+        raise UserError(f"--size must be a multiple of 16 from 32 on, not {config.size}")
+    recipe = Recipe(parse_kinds(config.kinds), config.size, config.seed, Sources(config.corpus))
+    starts = range(0, config.count, config.shard_size)
+    shards = {
+        config.out / shard_name(i): range(s, min(s + config.shard_size, config.count)) for i, s in enumerate(starts)
+    }
+    todo = {path: indices for path, indices in shards.items() if not path.exists()}
+    left = sum(map(len, todo.values()))
+    print(
+        f"{config.out}: {config.count} samples of {config.kinds} in {len(shards)} shards, {config.count - left} there"
+    )
+    if config.dry_run:
+        return
+    _require_same(config)
+    samples = _map_ordered(recipe, (i for indices in todo.values() for i in indices), config.workers)
+    with progress(config.count, "synthesize", "sample", done=config.count - left) as bar:
+        for path, indices in todo.items():
+            write_raw(path, _count(islice(samples, len(indices)), bar))
+
+
+def _require_same(config: Config) -> None:
+    """Note in the folder what it is made of; UserError if it was begun with something else."""
+    import json
+
+    from data_pipeline.atomic import write_json
+
+    names = ("kinds", "count", "size", "seed", "corpus", "shard_size")
+    wanted = {n: str(v) if isinstance(v := getattr(config, n), Path) else v for n in names}
+    path = config.out / "synthesis.json"
+    config.out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_json(path, wanted)
+    there = json.loads(path.read_text())
+    if differing := [n for n in names if there.get(n) != wanted[n]]:
+        what = ", ".join(f"--{n.replace('_', '-')} {there.get(n)}" for n in differing)
+        raise UserError(f"{config.out} was begun with {what}; choose another --out or delete the folder")
+
+
+def _count(samples: Iterable, bar) -> Iterator:
+    for sample in samples:
+        yield sample
+        bar.update()
+
+
+def _map_ordered(recipe, indices: Iterator[int], workers: int, chunk: int = 8) -> Iterator:
+    """`recipe.make` of every index, in order, a bounded number of them ahead."""
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    if workers == 1:
+        yield from map(recipe.make, indices)
+        return
+    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+        pending: deque = deque()
+        try:
+            while True:
+                while len(pending) < 4 * workers and (some := list(islice(indices, chunk))):
+                    pending.append(pool.submit(_make_some, recipe, some))
+                if not pending:
+                    return
+                yield from pending.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a worker process died (out of memory?); try fewer --workers") from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _start_worker() -> None:
+    import signal
+
+    import cv2
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+
+
+def _make_some(recipe, indices: list[int]) -> list:
+    return [recipe.make(i) for i in indices]
+
+
+if __name__ == "__main__":
+    run(main, Config)
