@@ -26,14 +26,11 @@ NAMED: dict[str, RGB] = {
     "beige": (240, 228, 202),
     "cream": (254, 248, 228),
 }
-CHINESE = dict(
-    zip(
-        NAMED,
-        "白色 黑色 深灰色 浅灰色 红色 深红色 橙色 黄色 绿色 深绿色 浅绿色 青色 蓝色 藏青色 浅蓝色 紫色 粉色 棕色".split()
-        + ["米色", "奶油色"],
-        strict=True,
-    )
+_CHINESE_NAMES = (
+    "白色 黑色 深灰色 浅灰色 红色 深红色 橙色 黄色 绿色 深绿色 浅绿色 青色 蓝色 藏青色 浅蓝色 "
+    "紫色 粉色 棕色 米色 奶油色"
 )
+CHINESE = dict(zip(NAMED, _CHINESE_NAMES.split(), strict=True))
 
 
 def contrast(a: RGB, b: RGB) -> float:
