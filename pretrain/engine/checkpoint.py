@@ -1,0 +1,176 @@
+"""Checkpoints on disk: which are whole, what is in them, and reading their weights in one process.
+
+A checkpoint is a folder `step_00001000`:
+
+    __0_0.distcp ...  .metadata  common.pt  metadata.json   torch.distributed.checkpoint, as Megatron writes it
+    state.json       step, model config, data cursor
+    manifest.json    size and digest of every other file
+
+It is written under a temporary name, fsynced and renamed, so that a folder with this name is complete; the manifest
+catches what a disk or a person did to it later. Tensors are `model.NAME` (weights), `ema.NAME` (their fp32 moving
+average) and `optimizer.state.*`, whole and under the model's own names, so that any parallel layout can load them.
+
+`.metadata` is a pickle (torch's format): load checkpoints from places you trust.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+
+from model.config import MMDiTConfig
+
+STATE, MANIFEST = "state.json", "manifest.json"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Name of the checkpoint of a step."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints of a folder, newest first."""
+    found = [p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def describe_files(folder: Path, names: list[str]) -> dict[str, list]:
+    """Manifest entries {name: [bytes, digest]}, each file fsynced."""
+    entries = {}
+    for name in names:
+        fsync(folder / name)
+        entries[name] = [(folder / name).stat().st_size, digest(folder / name)]
+    return entries
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None; of `parts` readers this one checks every parts-th file."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, (size, expected) in sorted(manifest.items())[part::parts]:
+            if (folder / name).stat().st_size != size:
+                return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+            if digest(folder / name) != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def passed_over(folder: Path, problem: str) -> str:
+    """The line that tells a user why an older checkpoint is used."""
+    return f"checkpoint {folder} is damaged ({problem}); going back to the one before"
+
+
+def newest_intact(checkpoints: Path) -> Path:
+    """The newest checkpoint that is as written; ValueError if there is none."""
+    for folder in list_checkpoints(checkpoints):
+        if (problem := damage(folder)) is None:
+            return folder
+        print(passed_over(folder, problem), flush=True)
+    raise ValueError(f"no intact checkpoint in {checkpoints}")
+
+
+def resolve(source: Path) -> Path:
+    """The checkpoint that a run folder, its checkpoints folder or a checkpoint folder stands for."""
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"{source} does not exist")
+    if (source / STATE).exists():
+        if (problem := damage(source)) is not None:
+            raise ValueError(f"checkpoint {source} is damaged ({problem})")
+        return source
+    return newest_intact(source / "checkpoints" if (source / "checkpoints").is_dir() else source)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: step, model (config), extra (data cursor, ...)."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def require_same_model(checkpoint: Path, model_config: Any) -> None:
+    """Raise ValueError, naming every field that differs, if the checkpoint is of another model."""
+    there, here = read_state(checkpoint)["model"], plain(model_config)
+    if there != here:
+        names = [n for n in {**there, **here} if there.get(n) != here.get(n)]
+        differences = "; ".join(f"{n} is {there.get(n)} there, {here.get(n)} here" for n in names)
+        raise ValueError(f"checkpoint {checkpoint} is of another model: {differences}")
+
+
+def read_tensors(checkpoint: Path, ema: bool = True) -> dict[str, Tensor]:
+    """Whole weights by name, on the CPU; with `ema` the moving average (fp32) of each weight that has one."""
+    reader = FileSystemReader(checkpoint)
+    stored = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")}
+    names = [k.removeprefix("model.") for k in stored if k.startswith("model.")]
+    key = {n: f"ema.{n}" if ema and f"ema.{n}" in stored else f"model.{n}" for n in names}
+    tensors = {key[n]: torch.empty(stored[key[n]].size, dtype=stored[key[n]].properties.dtype) for n in names}
+    torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    return {n: tensors[key[n]] for n in names}
+
+
+def read_weights(source: Path, ema: bool = True) -> tuple[MMDiTConfig, dict[str, Tensor]]:
+    """(config, whole weights by our names) of an MMDiT's run folder or checkpoint, without any process group.
+
+    Raises ValueError if there is no intact checkpoint or it is not of an MMDiT.
+    """
+    checkpoint = resolve(source)
+    model = read_state(checkpoint)["model"]
+    if unknown := set(model) - {f.name for f in dataclasses.fields(MMDiTConfig)}:
+        raise ValueError(f"checkpoint {checkpoint} is not of an MMDiT: its config has {', '.join(sorted(unknown))}")
+    return MMDiTConfig(**model), read_tensors(checkpoint, ema)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write and fsync."""
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into place, durably, replacing one of that name."""
+    fsync(temporary)
+    remove(final)
+    os.rename(temporary, final)
+    fsync(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that no half of it ever has a checkpoint's name."""
+    if folder.exists():
+        doomed = folder.with_name(f".tmp-old-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,53 @@
+"""Megatron's distributed optimizer keeps flat slices of weights; this turns them into tensors by name and back.
+
+Parameters lie one behind another in buckets. Of each bucket, data-parallel rank r (context parallel included) updates
+the r-th of equal slices, whose borders do not respect the parameters'.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Names and slices of the trainable parameters of `ddp`, of which `optimizer` updates this rank's part."""
+
+    ddp: DistributedDataParallel
+    optimizer: DistributedOptimizer
+
+    def masters(self) -> dict[str, Tensor]:
+        """This rank's slice of the fp32 master of each parameter of which it has one."""
+        groups, where = self.optimizer.optimizer.param_groups, self.optimizer.model_param_group_index_map
+        at = {name: where[param] for name, param in self._params() if param in where}
+        return {name: groups[group]["params"][index] for name, (group, index) in at.items()}
+
+    def range_of(self, name: str) -> tuple[int, int]:
+        """First and last + 1 element, in the flattened parameter, of this rank's slice."""
+        span = self.optimizer._get_model_param_range_map(dict(self._params())[name])["param"]
+        return span.start, span.end
+
+    def gather(self, slices: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole fp32 tensors in the shape of this rank's parameters from all ranks' slices, one bucket at a time."""
+        names = {param: name for name, param in self._params()}
+        group = self.ddp.intra_dp_cp_group
+        for buffer in self.ddp.buffers:
+            for bucket in buffer.buckets:
+                whole = torch.zeros_like(bucket.grad_data, dtype=torch.float32)
+                mine = whole.chunk(group.size())[group.rank()]
+                for param in bucket.params_list:
+                    if names[param] in slices:
+                        span = self.optimizer._get_model_param_range_map(param)["gbuf_local"]
+                        mine[span.start : span.end] = slices[names[param]]
+                dist.all_gather_into_tensor(whole, mine.clone(), group=group)
+                for param in bucket.params_list:
+                    start, end, _ = buffer.param_index_map[param]
+                    yield names[param], whole[start - bucket.offset : end - bucket.offset].view(param.shape)
+
+    def _params(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p) for name, p in self.ddp.module.named_parameters() if p.requires_grad)
