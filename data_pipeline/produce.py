@@ -1,0 +1,117 @@
+"""Encode raw shards for training: pictures to VAE latents in aspect-ratio buckets, captions to text-encoder states.
+
+Run it again to go on: a finished shard is not made twice. Under torchrun each process takes its share of the shards.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+try:
+    from command_line import UserError, progress, run
+    from data_pipeline.buckets import buckets
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Path = Path("runs/quick/data/curated")
+    """Folder of raw shards."""
+    components: Path = Path("runs/quick/components")
+    """Folder with tokenizer/, text_encoder/ and vae/, as diffusers writes it."""
+    out: Path = Path("runs/quick/data/encoded-256")
+    """Folder for the encoded shards."""
+    res: int = 64
+    """Side, in pixels, of the square whose area pictures are resized to; a multiple of 16."""
+    batch_size: int = 16
+    """Pictures encoded at once."""
+    decode_threads: int = 2
+    dry_run: bool = False
+    """Say what would be done, do nothing."""
+
+
+def main(config: Config) -> None:
+    sizes = buckets(config.res)
+    for folder, what in ((config.data, "--data"), (config.components, "--components")):
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist; give {what}, or make the demo's with `make quick`")
+    from data_pipeline.shard_stage import ShardStage, my_share
+    from data_pipeline.shards import list_shards
+
+    shards = list_shards(config.data)
+    if config.dry_run:
+        print(f"{len(shards)} shards of {config.data} -> {config.out}")
+        print("buckets (width x height): " + ", ".join(f"{w}x{h}" for w, h in dict.fromkeys(sizes)))
+        return
+
+    encoder = load_encoder(config)
+    fingerprint = encoder.fingerprint()
+    stage = ShardStage(config.data, config.out, asdict(fingerprint) | {"batch_size": config.batch_size})
+    stage.sources()
+    config.out.mkdir(parents=True, exist_ok=True)
+    describe(config.out, encoder, fingerprint)
+    make(stage, my_share(stage.pending()), encoder)
+    report(stage)
+
+
+def load_encoder(config: Config):
+    """The networks on this process's GPU (text encoder in bf16), or on the CPU in fp32."""
+    import torch
+
+    from data_pipeline.encoding import Encoder
+    from model.conditioner import Conditioner
+    from vae.autoencoder import VAE
+
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    conditioner = Conditioner.from_folder(config.components, device, torch.bfloat16 if cuda else torch.float32)
+    vae = VAE.from_folder(config.components, device)
+    return Encoder(conditioner, vae, config.res, config.batch_size, config.decode_threads)
+
+
+def describe(out: Path, encoder, fingerprint) -> None:
+    """Make `out` an encoded data set; if it is one already it must be of these components and resolution."""
+    from data_pipeline.loader import read_fingerprint
+
+    if (out / "dataset.json").exists():
+        try:
+            fingerprint.require(read_fingerprint(out), str(out))
+        except ValueError as error:
+            raise UserError(f"{error}: delete the folder or choose another --out") from None
+    else:
+        encoder.write_description(out)
+
+
+def make(stage, sources: list[Path], encoder) -> None:
+    """Encode `sources`, with a progress bar over their samples."""
+    from data_pipeline.shards import Problem
+    from data_pipeline.tar_index import tar_index
+
+    if not sources:
+        return
+    counts = {source: len(tar_index(source).entries) for source in sources}
+    with progress(sum(counts.values()), f"produce {stage.out.name}", "sample") as bar:
+        for source in sources:
+            problems: list[Problem] = []
+            n = encoder.encode_shard(source, stage.target(source), problems.append, bar.update)
+            bar.update(counts[source] - n)
+            stage.finish(source, {"samples": n, "skipped": [asdict(p) for p in problems]})
+
+
+def report(stage) -> None:
+    """Say what came out. UserError if nothing did."""
+    records = [record for _, record in stage.records()]
+    skipped = [problem for record in records for problem in record["skipped"]]
+    samples = sum(record["samples"] for record in records)
+    for problem in skipped[:5]:
+        print(f"skipped {problem['shard']}/{problem['key']}: {problem['what']}")
+    if len(skipped) > 5:
+        print(f"skipped {len(skipped) - 5} more; see {stage.out}/*.record.json")
+    if not samples:
+        raise UserError(f"no sample of {stage.data} could be encoded")
+    print(f"{samples} samples in {len(records)} shards: {stage.out}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,166 @@
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.encoding import Encoder
+from data_pipeline.loader import EncodedDataset, Loader
+from data_pipeline.pictures import decode, fit
+from data_pipeline.sample import RawSample
+from data_pipeline.shards import read_encoded, shard_name, write_raw
+from model.conditioner import Conditioner
+from vae.autoencoder import VAE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def encoder(components: Path) -> Encoder:
+    return Encoder(Conditioner.from_folder(components), VAE.from_folder(components), res=64, batch_size=4)
+
+
+@pytest.fixture
+def raw_folder(tmp_path: Path, make_raw) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for i in range(3):
+        write_raw(folder / shard_name(i), make_raw(13, seed=i))
+    return folder
+
+
+@pytest.fixture
+def produce(run_entry, components: Path):
+    def call(raw: Path, out: Path, *flags: str, components: Path = components) -> subprocess.CompletedProcess:
+        return run_entry("data_pipeline/produce.py", "--data", raw, "--components", components, "--out", out, *flags)
+
+    return call
+
+
+def test_each_sample_is_its_own_picture_and_caption(tmp_path: Path, make_raw, encoder: Encoder):
+    samples = make_raw(17)
+    write_raw(tmp_path / "raw.tar", samples)
+    seen = []
+    assert encoder.encode_shard(tmp_path / "raw.tar", tmp_path / "out.tar", pytest.fail, seen.append) == sum(seen) == 17
+    found = {s.key: s for s in read_encoded(tmp_path / "out.tar")}
+    assert set(found) == {s.key for s in samples}
+    for raw in samples:
+        pixels, _ = fit(decode(raw.image), 64)
+        alone = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        latent = encoder.vae.encode_latent(alone)[0]
+        torch.testing.assert_close(found[raw.key].latent, latent, atol=1e-5, rtol=1e-5)
+        (txt,) = encoder.conditioner.encode([raw.meta["caption"]])
+        torch.testing.assert_close(found[raw.key].txt.float(), txt, atol=1e-2, rtol=1e-2)
+        assert found[raw.key].meta.items() >= raw.meta.items()
+        height, width, _ = pixels.shape
+        assert found[raw.key].meta["bucket"] == [width, height] and latent.shape == (16, 1, height // 8, width // 8)
+
+
+def test_another_batch_size_changes_nothing_that_matters(tmp_path: Path, make_raw, encoder: Encoder):
+    write_raw(tmp_path / "raw.tar", make_raw(11))
+    for size in (1, 4):
+        other = replace(encoder, batch_size=size)
+        other.encode_shard(tmp_path / "raw.tar", tmp_path / f"{size}.tar", pytest.fail, lambda n: None)
+    one, four = ({s.key: s for s in read_encoded(tmp_path / f"{size}.tar")} for size in (1, 4))
+    for key, sample in one.items():
+        torch.testing.assert_close(sample.latent, four[key].latent, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sample.txt, four[key].txt, atol=2e-2, rtol=2e-2)
+
+
+def test_damaged_pictures_are_passed_over_and_named(tmp_path: Path, make_raw, encoder: Encoder):
+    samples = make_raw(6)
+    samples[2] = replace(samples[2], image=samples[2].image[: len(samples[2].image) // 2])
+    samples[4] = replace(samples[4], image=b"no picture")
+    write_raw(tmp_path / "raw.tar", samples)
+    problems = []
+    assert encoder.encode_shard(tmp_path / "raw.tar", tmp_path / "out.tar", problems.append, lambda n: None) == 4
+    assert [(p.key, p.what.split()[0]) for p in problems] == [(samples[2].key, "cannot"), (samples[4].key, "not")]
+
+
+def test_exif_transparency_and_depth_are_undone(photograph: np.ndarray, tmp_path: Path):
+    upright = Image.fromarray(photograph[:300])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(decode((tmp_path / "a.png").read_bytes())), photograph[:300])
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "b.png")
+    assert decode((tmp_path / "b.png").read_bytes()).getcolors() == [(16, (255, 255, 255))]
+    Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)).save(tmp_path / "c.png")
+    grey = np.asarray(decode((tmp_path / "c.png").read_bytes()))
+    assert grey.shape == (8, 8, 3) and grey.min() == 0 and grey.max() == 255
+
+
+def test_the_command_makes_a_data_set_that_trains_and_is_not_redone(raw_folder: Path, produce, tmp_path: Path):
+    out = tmp_path / "out"
+    done = produce(raw_folder, out)
+    assert done.returncode == 0 and "39 samples in 3 shards" in done.stdout, done.stderr
+    dataset = EncodedDataset(out)
+    assert len(dataset) == 39 and dataset.fingerprint.resolution == 64
+    (batch,) = next(Loader(dataset, 39))
+    assert len({s.key for s in batch}) == 39
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("shard*")}
+    assert "39 samples" in produce(raw_folder, out).stdout
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("shard*") if "index" not in p.name}.items() <= before.items()
+    refused = produce(raw_folder, out, "--res", "96")
+    assert refused.returncode == 2 and "resolution: 64 there, 96 here" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_killed_and_run_again_gives_the_same_bytes(raw_folder: Path, produce, components: Path, tmp_path: Path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert produce(raw_folder, whole).returncode == 0
+    command = [sys.executable, "data_pipeline/produce.py", "--data", raw_folder, "--components", components]
+    process = subprocess.Popen([*command, "--out", killed], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(killed.glob("shard*.tar")):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (killed / f".tmp-gone-1-{shard_name(2)}").write_bytes(b"half a shard")
+    assert produce(raw_folder, killed).returncode == 0
+    assert not list(killed.glob(".tmp*"))
+    names = [p.name for p in whole.glob("*.tar")] + ["dataset.json", "empty.safetensors"]
+    assert len(names) == 5
+    _, differ, missing = filecmp.cmpfiles(whole, killed, names, shallow=False)
+    assert not differ and not missing
+
+
+def test_changed_input_is_encoded_anew_and_foreign_shards_are_refused(
+    raw_folder: Path, produce, tmp_path: Path, make_raw
+):
+    out = tmp_path / "out"
+    assert produce(raw_folder, out).returncode == 0
+    changed = make_raw(5, seed=9)
+    write_raw(raw_folder / shard_name(1), changed)
+    assert produce(raw_folder, out).returncode == 0
+    assert {s.key for s in read_encoded(out / shard_name(1))} == {s.key for s in changed}
+    (raw_folder / shard_name(2)).unlink()
+    refused = produce(raw_folder, out)
+    assert refused.returncode == 2 and "no input for (shard-000002.tar" in refused.stderr
+
+
+def test_bad_requests_end_in_one_line(tmp_path: Path, produce, components: Path):
+    for name in ("empty", "bad"):
+        (tmp_path / name).mkdir()
+    broken = RawSample("a", b"rubbish", "png", {"caption": "c"})
+    write_raw(tmp_path / "bad" / shard_name(0), [broken])
+    cases = [
+        ((tmp_path / "none", components), "does not exist"),
+        ((tmp_path / "empty", components), "holds no .tar shards"),
+        ((tmp_path / "bad", components), "no sample of"),
+        ((tmp_path / "bad", tmp_path / "empty"), "has no tokenizer/"),
+        ((tmp_path / "bad", components, "--res", "100"), "multiple of 16, not 100"),
+    ]
+    for (raw, parts, *flags), message in cases:
+        result = produce(raw, tmp_path / "out", *flags, components=parts)
+        assert result.returncode == 2 and message in result.stderr, (message, result.stderr)
+        assert "Traceback" not in result.stderr
+    assert not json.loads((tmp_path / "out" / "shard-000000.record.json").read_text())["samples"]
