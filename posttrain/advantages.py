@@ -18,7 +18,9 @@ def group_advantages(rewards: Tensor, std: Tensor | None = None, clip: float = 5
     groups of one and for rewards that aren't finite.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"advantages compare at least 2 pictures of a prompt, got rewards of shape {tuple(rewards.shape)}")
+        raise ValueError(
+            f"advantages compare at least 2 pictures of a prompt, got rewards of shape {tuple(rewards.shape)}"
+        )
     if not torch.isfinite(rewards).all():
         raise ValueError(f"{(~torch.isfinite(rewards)).sum()} of {rewards.numel()} rewards are NaN or infinite")
     rewards = rewards.double()  # the mean of equal fp32 numbers is then exact, their advantage 0

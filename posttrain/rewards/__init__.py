@@ -1,8 +1,7 @@
 """Rewards: what post-training maximises, by name. Heavy libraries are imported when a reward is made, not before.
 
-A reward is a callable `(images: list of uint8 [H, W, 3], prompts, metadata) -> {name: fp32 tensor [B]}`. The entry under
-its own name is what is maximised; others are only logged. A reward is never the judge of what it trained (see
-evaluation/).
+A reward is a callable `(images: list of uint8 [H, W, 3], prompts, metadata) -> {name: fp32 tensor [B]}`. A reward is
+never the judge of what it trained (see evaluation/).
 """
 
 from collections.abc import Callable

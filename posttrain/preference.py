@@ -1,0 +1,187 @@
+"""Preferences: pairs of pictures of one prompt, of which one is better.
+
+On disk a folder of pairs is an encoded data set (see `data_pipeline.sample`) whose samples come in twos, KEY-win and
+KEY-lose. Pairs are drawn from a model and judged by a reward (`draw_pairs`), or read from pictures that someone judged
+(`encode_pairs`).
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.encoding import Encoder
+from data_pipeline.loader import EncodedDataset
+from data_pipeline.pictures import decode, fit
+from data_pipeline.sample import EncodedSample
+from data_pipeline.shards import shard_name, write_encoded
+from data_pipeline.tar_index import tar_index
+from model.sampler import sample
+from model.text_to_image import PIXELS_PER_LATENT, TextToImage
+from posttrain.prompts import Prompt
+from pretrain.randomness import Randomness
+
+if TYPE_CHECKING:
+    from posttrain.rewards import Reward
+
+PROMPTS_PER_SHARD = 16
+"""Prompts (or pairs of pictures) that are drawn and written together: what an interruption costs."""
+_PICTURE = re.compile(r"(?P<key>.+)\.(?P<side>win|lose)\.(png|jpg|jpeg|webp)")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures of one prompt, of which one was preferred. Raises ValueError if their sizes differ."""
+
+    key: str
+    win: EncodedSample
+    lose: EncodedSample
+    epoch: int = 0
+
+    def __post_init__(self):
+        if self.win.latent.shape != self.lose.latent.shape:
+            raise ValueError(
+                f"pair {self.key}: latents of {tuple(self.win.latent.shape)} and {tuple(self.lose.latent.shape)}; "
+                "both pictures of a pair need one size"
+            )
+
+
+class PairDataset:
+    """The first `limit` pairs of a folder, for `data_pipeline.loader.Loader`. ValueError if there are none."""
+
+    def __init__(self, folder: Path, limit: int | None = None):
+        self.samples = EncodedDataset(folder)
+        index = {self.samples.key(i): i for i in range(len(self.samples))}
+        stems = [key.removesuffix("-win") for key in index if key.endswith("-win")]
+        self._pairs = [(s, index[f"{s}-win"], index[f"{s}-lose"]) for s in stems if f"{s}-lose" in index][:limit]
+        if not self._pairs:
+            raise ValueError(f"{folder} holds no pairs (samples KEY-win and KEY-lose)")
+        self.tokens = np.array([self.samples.tokens[w] + self.samples.tokens[x] for _, w, x in self._pairs])
+        """Tokens of both samples of each pair in joint attention."""
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def key(self, index: int) -> str:
+        return self._pairs[index][0]
+
+    def __getitem__(self, index: int) -> Pair:
+        key, win, lose = self._pairs[index]
+        return Pair(key, self.samples[win], self.samples[lose])
+
+
+def best_and_worst(rewards: Tensor, min_gap: float) -> tuple[int, int] | None:
+    """Indices of the highest and the lowest of rewards [k] (the first of equals); None if less than `min_gap` apart."""
+    best, worst = int(rewards.argmax()), int(rewards.argmin())
+    return (best, worst) if best != worst and rewards[best] - rewards[worst] >= min_gap else None
+
+
+@dataclass(frozen=True)
+class PairDrawing:
+    """How pictures are drawn to be compared."""
+
+    artist: TextToImage
+    reward: "Reward"
+    """Pictures to scores; its "reward" decides."""
+    size_px: int
+    """Side of the square pictures."""
+    pictures: int
+    """Pictures of each prompt, of which the best and the worst make a pair."""
+    min_gap: float
+    """Smallest difference of reward that makes a pair."""
+    steps: int
+    cfg_scale: float
+    rng: Randomness
+
+    def pairs(self, prompt: Prompt) -> Iterator[EncodedSample]:
+        """Winner and loser of a prompt, or nothing."""
+        side = self.size_px // PIXELS_PER_LATENT
+        keys = [f"{prompt.key}#{i}" for i in range(self.pictures)]
+        noise = [self.rng.normal(key, 0, "preference", (16, 1, side, side)).to(self.artist.device) for key in keys]
+        (condition,) = self.artist.encode([prompt.text])
+        latents = sample(
+            self.artist.velocity, [condition] * self.pictures, noise, self.steps, self.cfg_scale, self.artist.align
+        )
+        images = [self.artist.decode(latent) for latent in latents]
+        rewards = self.reward(images, [prompt.text] * self.pictures, [prompt.metadata] * self.pictures)["reward"]
+        if (chosen := best_and_worst(rewards, self.min_gap)) is None:
+            return
+        for index, name in zip(chosen, ("win", "lose"), strict=True):
+            meta = prompt.metadata | {"caption": prompt.text, "source": "drawn", "reward": float(rewards[index])}
+            latent, txt = latents[index].float().cpu(), condition.txt.bfloat16().cpu()
+            yield EncodedSample(f"{prompt.key}-{name}", latent, txt, meta=meta)
+
+
+def write_shards(
+    folder: Path, items: list, make: Callable[[Any], Iterator[EncodedSample]], wanted: int | None,
+    rank: int = 0, ranks: int = 1, write: bool = True, done: Callable[[int], None] = lambda pairs: None,
+) -> int:  # fmt: skip
+    """Write the pairs that `make` yields for each item until there are `wanted`; returns how many there are.
+
+    Finished shards are kept, so an interrupted call goes on. Ranks take turns; peers of a rank that share its work
+    call with write=False. `done` is told the pairs so far. Ranks share the file system.
+    """
+    shards = [items[i : i + PROMPTS_PER_SHARD] for i in range(0, len(items), PROMPTS_PER_SHARD)]
+    found = 0
+    for first in range(0, len(shards), ranks):
+        turn = range(first, min(first + ranks, len(shards)))
+        if first + rank in turn and not (path := folder / shard_name(first + rank)).exists():
+            samples = list(itertools.chain.from_iterable(map(make, shards[first + rank])))
+            if write:
+                write_encoded(path, samples)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        found += sum(len(tar_index(folder / shard_name(i)).entries) // 2 for i in turn)
+        done(found)
+        if wanted is not None and found >= wanted:
+            break
+    return found
+
+
+def list_judged(folder: Path) -> list[tuple[str, Path, Path, Path]]:
+    """(key, winner, loser, prompt) of a folder with KEY.win.png, KEY.lose.png and KEY.txt (jpg and webp too).
+
+    Raises ValueError that names what is missing.
+    """
+    sides: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := _PICTURE.fullmatch(path.name):
+            sides.setdefault(match["key"], {})[match["side"]] = path
+    if not sides:
+        raise ValueError(f"{folder} holds no pairs of pictures; name them KEY.win.png, KEY.lose.png and KEY.txt")
+    for key, found in sides.items():
+        missing = [f"{key}.{s}.png" for s in ("win", "lose") if s not in found]
+        missing += [] if (folder / f"{key}.txt").is_file() else [f"{key}.txt"]
+        if missing:
+            raise ValueError(f"{folder}: {' and '.join(missing)} missing")
+    return [(key, found["win"], found["lose"], folder / f"{key}.txt") for key, found in sides.items()]
+
+
+def encode_pair(encoder: Encoder, judged: tuple[str, Path, Path, Path]) -> Iterator[EncodedSample]:
+    """Winner and loser of one judged pair at the encoder's resolution; ValueError names what is wrong."""
+    key, win, lose, prompt = judged
+    caption = prompt.read_text(encoding="utf-8").strip()
+    if not caption:
+        raise ValueError(f"{prompt} is empty; it should hold the prompt of both pictures")
+    (txt,) = encoder.conditioner.encode([caption])
+    pixels = [_fitted(path, encoder.res) for path in (win, lose)]
+    if pixels[0].shape != pixels[1].shape:
+        raise ValueError(f"{win} and {lose} have different shapes; both pictures of a pair need one aspect ratio")
+    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)[:, :, None]
+    batch = batch.to(next(encoder.vae.parameters()).device).float() / 127.5 - 1
+    for name, latent in zip(("win", "lose"), encoder.vae.encode_latent(batch).float().cpu(), strict=True):
+        meta = {"caption": caption, "source": "judged"}
+        yield EncodedSample(f"{re.sub('[./]', '_', key)}-{name}", latent, txt.bfloat16().cpu(), meta=meta)
+
+
+def _fitted(path: Path, res: int) -> np.ndarray:
+    try:
+        return fit(decode(path.read_bytes()), res)[0]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
