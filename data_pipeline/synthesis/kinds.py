@@ -13,8 +13,6 @@ from data_pipeline.synthesis.corpus import Corpus, read_corpus
 from data_pipeline.synthesis.fonts import Face, find_faces
 from data_pipeline.synthesis.picture import Picture, draw_size, generator, to_sample
 
-Size = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Sources:
@@ -42,23 +40,21 @@ def _views() -> tuple[photos.View, ...]:
     return photos.read_views()
 
 
-def _text(rng: np.random.Generator, size: Size, sources: Sources) -> Picture:
-    return pure.make(rng, size, sources.read_corpus(), _faces())
+def _text(rng: np.random.Generator, side: int, sources: Sources) -> Picture:
+    return pure.make(rng, draw_size(rng, side), sources.read_corpus(), _faces())
 
 
-def _shapes(rng: np.random.Generator, size: Size, sources: Sources) -> Picture:
-    while max(size) > 3 * min(size):
-        size = draw_size(rng, round((size[0] * size[1]) ** 0.5 / 16) * 16)
+def _shapes(rng: np.random.Generator, side: int, sources: Sources) -> Picture:
+    size = draw_size(rng, side, lambda h, w: max(h, w) <= 3 * min(h, w) and min(h, w) >= 32)
     metadata = shapes_world.sample_prompt(rng, "train")
-    image = shapes_world.render(metadata, rng, size)
-    return Picture(image, metadata["prompt"], record={"geneval": metadata})
+    return Picture(shapes_world.render(metadata, rng, size), metadata["prompt"], record={"geneval": metadata})
 
 
-def _photo(rng: np.random.Generator, size: Size, sources: Sources) -> Picture:
-    return photos.make(rng, size, _views())
+def _photo(rng: np.random.Generator, side: int, sources: Sources) -> Picture:
+    return photos.make(rng, side, _views())
 
 
-KINDS: dict[str, Callable[[np.random.Generator, Size, Sources], Picture]] = {
+KINDS: dict[str, Callable[[np.random.Generator, int, Sources], Picture]] = {
     "text": _text,
     "shapes": _shapes,
     "photo": _photo,
@@ -88,7 +84,7 @@ class Recipe:
         """Sample `index`, the same bytes each time."""
         kind = self.kind(index)
         rng = generator(self.seed, index, kind)
-        picture = KINDS[kind](rng, draw_size(rng, self.size), self.sources)
+        picture = KINDS[kind](rng, self.size, self.sources)
         return to_sample(picture, f"{kind}-{self.seed}-{index:08d}", kind, JPEG_QUALITY.get(kind))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.synthesis.picture import Picture
+from data_pipeline.synthesis.picture import Picture, draw_size
 
 VIEWS = Path(__file__).with_name("photos.toml")
 LEAST_SHARE = 0.35
@@ -24,6 +24,8 @@ class View:
     captions: tuple[str, ...]
     subject: tuple[int, int, int, int] | None
     """Box that a crop must contain; None if any crop will do."""
+    within: tuple[int, int, int, int] | None
+    """Box that a crop must stay in; None for the whole photograph."""
 
 
 def read_views() -> tuple[View, ...]:
@@ -32,8 +34,8 @@ def read_views() -> tuple[View, ...]:
     for entry in tomllib.loads(VIEWS.read_text(encoding="utf-8"))["view"]:
         photograph = installed_file(entry["package"], entry["file"])
         if photograph is not None:
-            subject = tuple(entry["subject"]) if "subject" in entry else None
-            views.append(View(photograph, tuple(entry["captions"]), subject))
+            boxes = (tuple(entry[name]) if name in entry else None for name in ("subject", "within"))
+            views.append(View(photograph, tuple(entry["captions"]), *boxes))
     if not views:
         raise ValueError("no photographs found: install scikit-image, scikit-learn or matplotlib")
     return tuple(views)
@@ -53,38 +55,34 @@ def load_photo(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def make(rng: np.random.Generator, size: tuple[int, int], views: tuple[View, ...]) -> Picture:
-    """A random crop of one of the views that `size` (h, w) has room for, resized to it.
-
-    Raises ValueError if no view fits the ratio.
-    """
-    height, width = size
-    for i in rng.permutation(len(views)):
-        view = views[i]
-        photo = load_photo(view.path)
-        box = _draw_crop(rng, photo.size, view.subject, width / height)
-        if box is not None:
-            image = np.asarray(photo.resize((width, height), Image.Resampling.LANCZOS, box=box))
-            caption = view.captions[rng.integers(len(view.captions))]
-            return Picture(image, caption, record={"photo": view.path.name})
-    raise ValueError(f"no photograph has a subject that fits {width}x{height} pixels")
+def make(rng: np.random.Generator, side: int, views: tuple[View, ...]) -> Picture:
+    """A crop of a random photograph, at the area of a square of `side` pixels in a ratio that it has room for."""
+    photographs = sorted({view.path for view in views}, key=lambda path: path.name)
+    path = photographs[rng.integers(len(photographs))]
+    of_photograph = [view for view in views if view.path == path]
+    view = of_photograph[rng.integers(len(of_photograph))]
+    photo = load_photo(path)
+    height, width = draw_size(rng, side, lambda h, w: _draw_crop(rng, photo.size, view, w / h) is not None)
+    box = _draw_crop(rng, photo.size, view, width / height)
+    image = np.asarray(photo.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    return Picture(image, view.captions[rng.integers(len(view.captions))], record={"photo": path.name})
 
 
-def _draw_crop(rng, size: tuple[int, int], subject, ratio: float) -> tuple[float, float, float, float] | None:
-    """A box of width / height = `ratio` in a photograph of `size` (w, h) that contains `subject`."""
-    width, height = size
-    largest = min(width, height * ratio)
-    if subject is None:
-        left = right = rng.uniform(0, width)
-        top = bottom = rng.uniform(0, height)
+def _draw_crop(rng, size: tuple[int, int], view: View, ratio: float) -> tuple[float, float, float, float] | None:
+    """A box of width / height = `ratio` in a photograph of `size` (w, h) that shows the view; None if none does."""
+    x0, y0, x1, y1 = view.within or (0, 0, *size)
+    largest = min(x1 - x0, (y1 - y0) * ratio)
+    if view.subject is None:
+        left = right = rng.uniform(x0, x1)
+        top = bottom = rng.uniform(y0, y1)
         smallest = largest * LEAST_SHARE
     else:
-        left, top, right, bottom = subject
+        left, top, right, bottom = view.subject
         smallest = max(right - left, (bottom - top) * ratio)
     if smallest > largest:
         return None
     w = rng.uniform(smallest, largest)
     h = w / ratio
-    x = rng.uniform(max(0, right - w), min(left, width - w))
-    y = rng.uniform(max(0, bottom - h), min(top, height - h))
+    x = rng.uniform(max(x0, right - w), min(left, x1 - w))
+    y = rng.uniform(max(y0, bottom - h), min(top, y1 - h))
     return x, y, x + w, y + h

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,11 +31,17 @@ def generator(seed: int, index: int, purpose: str = "") -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def draw_size(rng: np.random.Generator, side: int) -> tuple[int, int]:
-    """(h, w) of one of the nine buckets at the area of a square of `side` pixels, drawn uniformly."""
-    sizes = buckets(side)
-    w, h = sizes[rng.integers(len(sizes))]
-    return h, w
+def draw_size(
+    rng: np.random.Generator, side: int, fits: Callable[[int, int], bool] = lambda h, w: True
+) -> tuple[int, int]:
+    """(h, w) of one of the nine buckets at the area of a square of `side` pixels, uniformly from those that `fits`.
+
+    Raises ValueError if none does.
+    """
+    sizes = [(h, w) for w, h in buckets(side) if fits(h, w)]
+    if not sizes:
+        raise ValueError(f"no aspect ratio at {side} px suits this kind of picture")
+    return sizes[rng.integers(len(sizes))]
 
 
 def to_sample(picture: Picture, key: str, source: str, jpeg_quality: int | None = None) -> RawSample:
