@@ -261,7 +261,7 @@ def _tiny_tokenizer():
     tok.train_from_iterator(corpus, trainer)
     bpe = json.loads(tok.to_str())["model"]
     return Qwen2Tokenizer(
-        vocab=bpe["vocab"],
+        vocab=bpe["vocab"] | {t: len(bpe["vocab"]) + i for i, t in enumerate(SPECIAL_TOKENS)},
         merges=[tuple(m) for m in bpe["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",

@@ -106,9 +106,15 @@ def sample(
     cfg_scale: float = 4.0,
     align: int = 16,
 ) -> list[Tensor]:
-    """Latents drawn by `steps` Euler steps from `noise` [C, F, H, W] (any mix of sizes), fp32, one a condition."""
+    """Latents drawn by `steps` Euler steps from `noise` [C, F, H, W] (any mix of sizes), fp32, one a condition.
+
+    Raises ValueError for input that is not finite.
+    """
     sizes = [token_size(n) for n in noise]
     guidance = Guidance(conditions, sizes, cfg_scale, align)
+    for i, (c, n) in enumerate(zip(conditions, noise, strict=True)):
+        if not all(t.isfinite().all() for t in (n, c.txt, *c.references, *([c.txt_empty] if guidance.guided else []))):
+            raise ValueError(f"picture {i}: its noise, prompt or references hold NaN or infinite values")
     x = torch.cat([patchify(n.float()) for n in noise])
     sigmas = torch.stack([schedule(steps, math.prod(size)) for size in sizes])
     dt = [guidance.per_token(d.to(x.device)) for d in sigmas.diff(dim=1).unbind(1)]
