@@ -27,11 +27,11 @@ def decode(data: bytes) -> "Image":
             warnings.simplefilter("ignore")  # size and EXIF warnings: sizes are checked here, EXIF is best effort
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"too large ({image.width} x {image.height})")
+                raise ValueError(f"is too large ({image.width} x {image.height})")
             image.load()
             image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise ValueError("not a picture, or its header is damaged") from None
+        raise ValueError("is not a picture, or its header is damaged") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be decoded: {error}") from None
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -36,23 +36,26 @@ def main(config: Config) -> None:
     for folder, what in ((config.data, "--data"), (config.components, "--components")):
         if not folder.is_dir():
             raise UserError(f"{folder} does not exist; give {what}, or make the demo's with `make quick`")
-    from data_pipeline.shard_stage import ShardStage, my_share
-    from data_pipeline.shards import list_shards
+    from data_pipeline.shard_stage import ShardStage, my_share, say_skipped, shards_as_inputs
 
-    shards = list_shards(config.data)
+    inputs = shards_as_inputs(config.data, config.out)
     if config.dry_run:
-        print(f"{len(shards)} shards of {config.data} -> {config.out}")
+        print(f"{len(inputs)} shards of {config.data} -> {config.out}")
         print("buckets (width x height): " + ", ".join(f"{w}x{h}" for w, h in dict.fromkeys(sizes)))
         return
 
     encoder = load_encoder(config)
     fingerprint = encoder.fingerprint()
-    stage = ShardStage(config.data, config.out, asdict(fingerprint) | {"batch_size": config.batch_size})
-    stage.sources()
+    stage = ShardStage(config.out, inputs, asdict(fingerprint) | {"batch_size": config.batch_size})
     config.out.mkdir(parents=True, exist_ok=True)
     describe(config.out, encoder, fingerprint)
-    make(stage, my_share(stage.pending()), encoder)
-    report(stage)
+    encode_shards(stage, my_share(stage.pending()), config.data, encoder)
+    records = stage.records()
+    say_skipped(records, config.out)
+    samples = sum(record["samples"] for record in records)
+    if not samples:
+        raise UserError(f"no sample of {config.data} could be encoded")
+    print(f"{samples} samples in {len(records)} shards: {config.out}")
 
 
 def load_encoder(config: Config):
@@ -83,34 +86,20 @@ def describe(out: Path, encoder, fingerprint) -> None:
         encoder.write_description(out)
 
 
-def make(stage, sources: list[Path], encoder) -> None:
-    """Encode `sources`, with a progress bar over their samples."""
+def encode_shards(stage, names: list[str], data: Path, encoder) -> None:
+    """Encode shards of `data`, with a progress bar over their samples."""
     from data_pipeline.shards import Problem
     from data_pipeline.tar_index import tar_index
 
-    if not sources:
+    if not names:
         return
-    counts = {source: len(tar_index(source).entries) for source in sources}
+    counts = {name: len(tar_index(data / name).entries) for name in names}
     with progress(sum(counts.values()), f"produce {stage.out.name}", "sample") as bar:
-        for source in sources:
+        for name in names:
             problems: list[Problem] = []
-            n = encoder.encode_shard(source, stage.target(source), problems.append, bar.update)
-            bar.update(counts[source] - n)
-            stage.finish(source, {"samples": n, "skipped": [asdict(p) for p in problems]})
-
-
-def report(stage) -> None:
-    """Say what came out. UserError if nothing did."""
-    records = [record for _, record in stage.records()]
-    skipped = [problem for record in records for problem in record["skipped"]]
-    samples = sum(record["samples"] for record in records)
-    for problem in skipped[:5]:
-        print(f"skipped {problem['shard']}/{problem['key']}: {problem['what']}")
-    if len(skipped) > 5:
-        print(f"skipped {len(skipped) - 5} more; see {stage.out}/*.record.json")
-    if not samples:
-        raise UserError(f"no sample of {stage.data} could be encoded")
-    print(f"{samples} samples in {len(records)} shards: {stage.out}")
+            n = encoder.encode_shard(data / name, stage.target(name), problems.append, bar.update)
+            bar.update(counts[name] - n)
+            stage.finish(name, {"samples": n, "skipped": [asdict(p) for p in problems]})
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ what became of its samples. A stage that is run again redoes only shards without
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.atomic import remove_leftovers, write_json
-from data_pipeline.shards import list_shards
+from data_pipeline.shards import Problem, list_shards
 
 Record = dict[str, Any]
 
@@ -24,57 +23,70 @@ def my_share(items: list) -> list:
 
 @dataclass(frozen=True)
 class ShardStage:
-    """Which shards of `data` are still to be made in `out`. `settings` are all that the result depends on, as JSON."""
+    """Which shards are still to be made in `out`.
 
-    data: Path
+    `inputs` says for each output shard, by file name, what it is made from, and `settings` everything else that the
+    result depends on; both are plain JSON. ValueError if `out` holds shards that are none of these.
+    """
+
     out: Path
+    inputs: dict[str, Any]
     settings: dict[str, Any]
 
-    def sources(self) -> list[Path]:
-        """The input shards. ValueError if there are none, or if `out` holds shards that came from elsewhere."""
-        sources = list_shards(self.data)
-        if self.out.resolve() == self.data.resolve():
-            raise ValueError(f"the output folder {self.out} is the input folder; choose another")
-        foreign = {p.name for p in self.out.glob("*.tar") if not p.name.startswith(".")} - {p.name for p in sources}
+    def __post_init__(self):
+        foreign = {p.name for p in self.out.glob("*.tar") if not p.name.startswith(".")} - set(self.inputs)
         if foreign:
             raise ValueError(
-                f"{self.out} holds shards that {self.data} has no input for ({min(foreign)}, {len(foreign)} in all): "
+                f"{self.out} holds shards of other data ({min(foreign)}, {len(foreign)} in all): "
                 "delete the folder or choose another"
             )
-        return sources
 
-    def pending(self) -> list[Path]:
-        """The input shards without a finished output."""
-        return [source for source in self.sources() if self.record(source) is None]
+    def pending(self) -> list[str]:
+        """The shards that are not finished."""
+        return [name for name in self.inputs if self.record(name) is None]
 
-    def target(self, source: Path) -> Path:
-        """Where the output of `source` goes."""
-        return self.out / source.name
+    def target(self, name: str) -> Path:
+        return self.out / name
 
-    def record(self, source: Path) -> Record | None:
-        """What `finish` was told about `source`, if its output is there, from this input and these settings."""
+    def record(self, name: str) -> Record | None:
+        """What `finish` was told about a shard, if it is there and was made from this input with these settings."""
         try:
-            record = json.loads(self._record_path(source).read_text())
-            current = record["settings"] == self.settings and record["input"] == _stamp(source)
+            record = json.loads(self._record_path(name).read_text())
+            current = record["settings"] == self.settings and record["input"] == self.inputs[name]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return record if current and self.target(source).exists() else None
+        return record if current and self.target(name).exists() else None
 
-    def finish(self, source: Path, record: Record) -> None:
-        """Mark `source` as done; call it once its output is in place."""
-        remove_leftovers(self._record_path(source))
-        write_json(self._record_path(source), record | {"settings": self.settings, "input": _stamp(source)})
+    def finish(self, name: str, record: Record) -> None:
+        """Mark a shard as done; call it once the shard is in place."""
+        remove_leftovers(self._record_path(name))
+        write_json(self._record_path(name), record | {"settings": self.settings, "input": self.inputs[name]})
 
-    def records(self) -> Iterator[tuple[Path, Record]]:
-        """(input shard, record) of every finished shard, in order."""
-        for source in self.sources():
-            if (record := self.record(source)) is not None:
-                yield source, record
+    def records(self) -> list[Record]:
+        """What is known about the finished shards, in order."""
+        return [record for name in self.inputs if (record := self.record(name)) is not None]
 
-    def _record_path(self, source: Path) -> Path:
-        return self.target(source).with_suffix(".record.json")
+    def _record_path(self, name: str) -> Path:
+        return self.target(name).with_suffix(".record.json")
 
 
-def _stamp(source: Path) -> dict[str, int]:
-    stat = source.stat()
+def shards_as_inputs(data: Path, out: Path) -> dict[str, Any]:
+    """The shards of `data` as inputs of a stage that makes one shard of each in `out`; ValueError if there are none."""
+    if out.resolve() == data.resolve():
+        raise ValueError(f"the output folder {out} is the input folder; choose another")
+    return {shard.name: file_stamp(shard) for shard in list_shards(data)}
+
+
+def file_stamp(path: Path) -> dict[str, int]:
+    """Tells a file from an older one of its name."""
+    stat = path.stat()
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def say_skipped(records: list[Record], where: Path) -> None:
+    """Print the first of what the stage in `where` passed over, a line each."""
+    skipped = [problem for record in records for problem in record["skipped"]]
+    for problem in skipped[:5]:
+        print(f"skipped {Problem(**problem)}")
+    if len(skipped) > 5:
+        print(f"skipped {len(skipped) - 5} more; see {where}/*.record.json")

@@ -67,7 +67,7 @@ def read_raw(path: Path, on_problem: OnProblem | None = None) -> Iterator[RawSam
     one raises ValueError. Pictures are not decoded, so a truncated picture is the caller's to find.
     """
     report = on_problem or _refuse
-    for members in _read_members(path, report):
+    for members in read_members(path, report):
         key = members["__key__"]
         try:
             yield _raw_sample(key, members)
@@ -78,7 +78,7 @@ def read_raw(path: Path, on_problem: OnProblem | None = None) -> Iterator[RawSam
 def read_encoded(path: Path, on_problem: OnProblem | None = None) -> Iterator[EncodedSample]:
     """The encoded samples of one shard, in order; damage is treated as by `read_raw`."""
     report = on_problem or _refuse
-    for members in _read_members(path, report):
+    for members in read_members(path, report):
         try:
             yield encoded_sample(members["__key__"], members.get("safetensors"), members.get("json"))
         except ValueError as error:
@@ -164,7 +164,7 @@ def _raw_sample(key: str, members: dict) -> RawSample:
     return RawSample(key, members[ext], ext, meta)
 
 
-def _read_members(path: Path, report: OnProblem) -> Iterator[dict]:
+def read_members(path: Path, report: OnProblem) -> Iterator[dict]:
     """The samples of a tar as webdataset groups them, up to the damage if there is any."""
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 

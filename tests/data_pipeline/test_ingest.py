@@ -1,0 +1,144 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_pipeline.pictures import decode
+from data_pipeline.shards import list_shards, read_raw
+
+
+@pytest.fixture
+def ingest(run_entry):
+    return lambda data, out, *flags: run_entry("data_pipeline/ingest.py", "--data", data, "--out", out, *flags)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photograph: np.ndarray) -> Path:
+    """20 pictures in several formats and folders, captions in both forms."""
+    root = tmp_path / "my photos"
+    for i in range(20):
+        ext = ("jpg", "png", "webp", "JPEG", "bmp")[i % 5]
+        path = root / ("a" if i % 2 else "a/b.c") / f"pic {i}.{ext}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph[i : i + 60, 2 * i : 2 * i + 90]).save(path)
+        if i % 3:
+            path.with_suffix(".txt").write_text(f"caption {i}: 图\n", encoding="utf-8")
+        else:
+            path.with_suffix(".json").write_text(json.dumps({"caption": f"caption {i}: 图", "mood": "calm"}))
+    return root
+
+
+def samples(out: Path) -> list:
+    return [s for shard in list_shards(out) for s in read_raw(shard)]
+
+
+def test_a_folder_becomes_shards(folder: Path, ingest, tmp_path: Path):
+    result = ingest(folder, tmp_path / "out", "--shard-size", "8")
+    assert result.returncode == 0 and "20 pictures in 3 shards" in result.stdout, result.stderr
+    found = samples(tmp_path / "out")
+    assert len({s.key for s in found}) == 20
+    for sample in found:
+        source = folder / sample.meta["file"]
+        number = int(source.stem.split()[1])
+        assert sample.meta["caption"] == f"caption {number}: 图" and sample.meta["source"] == "user"
+        assert (sample.meta["width"], sample.meta["height"]) == (90, 60)
+        assert sample.meta.get("mood") == (None if number % 3 else "calm")
+        if source.suffix in (".jpg", ".JPEG", ".png"):
+            assert sample.image == source.read_bytes()
+        assert np.array_equal(np.asarray(decode(sample.image)), np.asarray(Image.open(source).convert("RGB")))
+
+
+def test_a_second_run_writes_nothing_and_a_changed_caption_its_shard(folder: Path, ingest, tmp_path: Path):
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert ingest(folder, out, "--shard-size", "8").returncode == 0
+        times = {p.name: p.stat().st_mtime_ns for p in list_shards(out)}
+    keys = {s.key: s.meta["caption"] for s in samples(out)}
+    changed = next(folder.rglob("*.txt"))
+    changed.write_text("another caption")
+    assert ingest(folder, out, "--shard-size", "8").returncode == 0
+    after = {p.name: p.stat().st_mtime_ns for p in list_shards(out)}
+    assert sum(after[name] != times[name] for name in times) == 1
+    assert sum(s.meta["caption"] != keys[s.key] for s in samples(out)) == 1
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_bad_pictures_are_all_named_and_only_left_out_on_request(folder: Path, ingest, tmp_path: Path, skip: bool):
+    pictures = sorted(p for p in folder.rglob("*") if p.suffix in (".jpg", ".png"))
+    pictures[0].write_bytes(pictures[0].read_bytes()[:-200])
+    pictures[1].write_bytes(b"")
+    next(p for p in (pictures[2].with_suffix(".txt"), pictures[2].with_suffix(".json")) if p.exists()).unlink()
+    for path in (pictures[3].with_suffix(".txt"), pictures[3].with_suffix(".json")):
+        path.unlink(missing_ok=True)
+    pictures[3].with_suffix(".json").write_text('{"caption": ')
+    result = ingest(folder, tmp_path / "out", *["--skip-bad"] * skip)
+    lines = result.stderr.splitlines()[-1] + result.stdout
+    for path, what in zip(
+        pictures, ["truncated", "not a picture", "has no caption", "its .json is broken"], strict=False
+    ):
+        assert str(path.relative_to(folder)) in lines and what in lines
+    if skip:
+        assert result.returncode == 0 and len(samples(tmp_path / "out")) == 16
+    else:
+        assert result.returncode == 2 and "4 of 20 pictures" in lines and "--skip-bad" in lines
+        assert not (tmp_path / "out").exists()
+
+
+def test_tars_of_other_tools(ingest, tmp_path: Path, photograph: np.ndarray):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+
+    def picture(i: int, form: str) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(photograph[i : i + 50, :50]).save(file, form)
+        return file.getvalue()
+
+    with webdataset.TarWriter(str(tars / "00000.tar"), encoder=False) as tar:
+        for i in range(5):
+            texts = {"txt": f"caption {i}".encode()} | ({"json": b'{"url": "u"}'} if i % 2 else {})
+            tar.write({"__key__": f"{i:05d}", "jpg": picture(i, "JPEG"), **texts})
+        tar.write({"__key__": "00005", "jpg": picture(5, "JPEG"), "json": b'{"caption": null}'})
+        tar.write({"__key__": "00006", "cls": b"3"})
+    with tarfile.open(tars / "b.tar", "w") as tar:  # as `tar cf b.tar ./` writes it
+        for i in range(5, 12):
+            for ext, data in (("webp", picture(i, "WEBP")), ("json", b'{"caption": "c"}')):
+                info = tarfile.TarInfo(f"./x/{i}.{ext}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    whole = (tars / "b.tar").read_bytes()
+    result = ingest(tars, tmp_path / "out")
+    assert result.returncode == 0 and "12 pictures in 2 shards" in result.stdout, result.stderr
+    assert "00000.tar/00005: has no caption" in result.stdout and "00000.tar/00006: has no picture" in result.stdout
+    found = samples(tmp_path / "out")
+    assert len({s.key for s in found}) == 12 and {s.ext for s in found} == {"jpg", "png"}
+    assert [s.meta.get("url") for s in found][:5] == [None, "u", None, "u", None]
+
+    (tars / "b.tar").write_bytes(whole[: len(whole) // 2])
+    cut = ingest(tars, tmp_path / "cut")
+    assert cut.returncode == 0 and "skipped b.tar: " in cut.stdout
+    assert 5 < len(samples(tmp_path / "cut")) < 12
+
+
+def test_bad_requests_end_in_one_line(ingest, folder: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.md").write_text("x")
+    (tmp_path / "broken.tar").write_bytes(b"not a tar" * 1000)
+    cases = [
+        ("none", "does not exist"),
+        ("empty", "holds no pictures"),
+        ("note.md", "neither a folder nor a .tar"),
+        ("broken.tar", "no picture of"),
+    ]
+    for name, message in cases:
+        result = ingest(tmp_path / name, tmp_path / "out")
+        last = result.stderr.splitlines()[-1]
+        assert (
+            result.returncode == 2 and message in last and last.startswith("error: ") and str(tmp_path / name) in last
+        )
+    assert "is inside" in ingest(folder, folder / "out").stderr
+    assert not (folder / "out").exists()
