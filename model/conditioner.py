@@ -73,16 +73,19 @@ class Conditioner:
         max_length: int = 1024,
         mrope: bool = True,
         batch_tokens: int = 16384,
+        picture_area: int | None = None,
     ):
         """`text_encoder` is a transformers Qwen2_5_VLModel (no LM head).
 
         Prompts are cut to `max_length` tokens, pictures' tokens not counted. `mrope` gives picture tokens their 3-D
         positions; diffusers' edit pipelines leave them 1-D under transformers 5 (its issue 14194), which `mrope=False`
-        reproduces. Prompts of one length run together, at most `batch_tokens` tokens at once.
+        reproduces. Prompts of one length run together, at most `batch_tokens` tokens at once. `picture_area` replaces
+        the pixels that the template resizes pictures to.
         """
         self.tokenizer, self.text_encoder, self.image_processor = tokenizer, text_encoder.eval(), image_processor
         self.edit_template, self.max_length, self.mrope = edit_template, max_length, mrope
         self.batch_tokens = batch_tokens
+        self.picture_area = picture_area or TEMPLATES[edit_template].area
 
     @classmethod
     def from_folder(
@@ -90,7 +93,8 @@ class Conditioner:
     ) -> "Conditioner":
         """Load `tokenizer/`, `text_encoder/` and, if there, `processor/` of a diffusers folder.
 
-        `settings` are those of `Conditioner`. Raises ValueError if a part is missing.
+        `settings` are those of `Conditioner`; the edit template is by default the one of the folder's pipeline. Raises
+        ValueError if a part is missing.
         """
         from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
         from transformers.utils import logging
@@ -105,6 +109,9 @@ class Conditioner:
         processor = Qwen2VLImageProcessorPil()
         if (folder / "processor" / "preprocessor_config.json").is_file():
             processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "processor")
+        index = folder / "model_index.json"
+        pipeline = json.loads(index.read_text())["_class_name"] if index.is_file() else ""
+        settings = {"edit_template": "edit" if pipeline == "QwenImageEditPipeline" else "edit_plus"} | settings
         return cls(tokenizer, model.to(device), processor, **settings)
 
     @property
@@ -157,7 +164,7 @@ class Conditioner:
         template = TEMPLATES[self.edit_template]
         if self.edit_template == "edit" and len(pictures) > 1:
             raise ValueError(f"the edit template takes one picture, got {len(pictures)}; use edit_plus")
-        resized = [p.convert("RGB").resize(fit_area(*p.size, template.area), Resampling.LANCZOS) for p in pictures]
+        resized = [p.convert("RGB").resize(fit_area(*p.size, self.picture_area), Resampling.LANCZOS) for p in pictures]
         pixels = self.image_processor(images=resized, return_tensors="pt")
         grid = pixels["image_grid_thw"]
         counts = (grid.prod(dim=1) // self.image_processor.merge_size**2).tolist()
@@ -188,7 +195,7 @@ class Conditioner:
             encoder.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         template = hashlib.blake2b(digest_size=16)
         template.update(json.dumps({name: asdict(t) for name, t in TEMPLATES.items()}, sort_keys=True).encode())
-        template.update(f"{self.edit_template} {self.max_length} {self.mrope}".encode())
+        template.update(f"{self.edit_template} {self.max_length} {self.mrope} {self.picture_area}".encode())
         template.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return encoder.hexdigest(), template.hexdigest()
 

@@ -48,20 +48,27 @@ class TextToImage:
 
         Equal to diffusers' pipelines with `generator=torch.Generator().manual_seed(seed)`.
         """
+        latents = self.draw(prompts, sizes_px, seeds, steps, cfg_scale, images, negative_prompt)
+        return [to_uint8(self.decode(latent)) for latent in latents]
+
+    def draw(
+        self,
+        prompts: list[str],
+        sizes_px: list[tuple[int, int]],
+        seeds: list[int],
+        steps: int = 50,
+        cfg_scale: float = 4.0,
+        images: "list[list[Image]] | None" = None,
+        negative_prompt: str = " ",
+    ) -> list[Tensor]:
+        """Latents [16, 1, H/8, W/8] of the pictures that `generate` decodes."""
         noise = [initial_noise(size, seed) for size, seed in zip(sizes_px, seeds, strict=True)]
         conditions = self.encode(prompts, images, negative_prompt if cfg_scale > 1 else None)
-        pictures = []
+        latents = []
         for batch in self._batches(conditions, noise):
-            latents = sample(
-                self.velocity,
-                [conditions[i] for i in batch],
-                [noise[i].to(self.device) for i in batch],
-                steps=steps,
-                cfg_scale=cfg_scale,
-                align=self.align,
-            )
-            pictures += [self.decode(latent) for latent in latents]
-        return pictures
+            start = [noise[i].to(self.device) for i in batch]
+            latents += sample(self.velocity, [conditions[i] for i in batch], start, steps, cfg_scale, self.align)
+        return latents
 
     def encode(
         self, prompts: list[str], images: "list[list[Image]] | None" = None, negative_prompt: str | None = " "
@@ -88,10 +95,9 @@ class TextToImage:
         return self.vae.encode_latent((2 * pixels - 1).to(self.device))[0].float()
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> np.ndarray:
-        """Picture [H, W, 3] uint8 of a latent [16, 1, h, w]."""
-        pixels = self.vae.decode_latent(latent[None])[0, :, 0].float()
-        return ((pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype("uint8")
+    def decode(self, latent: Tensor) -> Tensor:
+        """Picture [3, H, W] in [-1, 1], fp32, of a latent [16, 1, h, w]."""
+        return self.vae.decode_latent(latent[None])[0, :, 0].float()
 
     def _batches(self, conditions: list[Condition], noise: list[Tensor]) -> Iterator[list[int]]:
         """Consecutive pictures that fit into one pack."""
@@ -106,6 +112,11 @@ class TextToImage:
             used += tokens
         if group:
             yield group
+
+
+def to_uint8(picture: Tensor) -> np.ndarray:
+    """Picture [3, H, W] in [-1, 1] -> [H, W, 3] uint8, rounded."""
+    return ((picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype("uint8")
 
 
 def initial_noise(size_px: tuple[int, int], seed: int) -> Tensor:

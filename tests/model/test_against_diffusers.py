@@ -2,8 +2,18 @@
 
 import pytest
 import torch
-from tiny_models import CONFIG, EDIT_2511, WIDER, case, diffusers_twin, gradients, random_model, relative
-from tiny_models import run_ours, run_theirs
+from tiny_models import (
+    CONFIG,
+    EDIT_2511,
+    WIDER,
+    case,
+    diffusers_twin,
+    gradients,
+    random_model,
+    relative,
+    run_ours,
+    run_theirs,
+)
 
 from model.config import PRESETS
 from model.diffusers_names import from_diffusers, to_diffusers
