@@ -167,6 +167,14 @@ def publish(temporary: Path, final: Path) -> None:
     fsync(final.parent)
 
 
+def prune(checkpoints: Path, keep: int) -> None:
+    """Delete checkpoints older than the newest `keep`, and what an interrupted save or delete left."""
+    for folder in list_checkpoints(checkpoints)[max(1, keep) :]:
+        remove(folder)
+    for leftover in checkpoints.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint so that no half of it ever has a checkpoint's name."""
     if folder.exists():

@@ -58,8 +58,6 @@ class EngineConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    total_steps: int = 1000
-    """Length of the run, for the learning-rate schedule."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations; auto is bfloat16 on CUDA (masters, moments and reductions stay fp32), else float32."""
     ema_decay: float = 0.999

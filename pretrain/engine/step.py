@@ -38,18 +38,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Engine:
     """A model with everything that trains it, spread over the processes of this run.
 
-    `build(model_config, ops)` makes the model (by default an MMDiT; any module of plain layers works without tensor or
-    context parallelism). Fill its weights with `initialize`, `load_weights` or `load` before the first step. Every
-    method is collective: all ranks call it with the same arguments, microbatches apart.
+    `build(model_config, ops)` makes the model: by default an MMDiT; any module of plain layers will do without tensor
+    and context parallelism. `total_steps` is the run's length, for the learning-rate schedule. Fill the weights with
+    `initialize`, `load_weights`, `load_run` or `load` before the first step. Every method is collective: all ranks call
+    it with the same arguments, microbatches apart.
     """
 
     def __init__(
         self,
         model_config: Any,
         config: EngineConfig,
+        total_steps: int = 1,
         build: Callable[[Any, Ops], nn.Module] = MMDiT,
     ):
-        self.model_config, self.config = model_config, config
+        self.model_config, self.config, self.total_steps = model_config, config, total_steps
         self.layout = layout = device.start(config.parallel)
         self.device, self.rank, self.world_size = layout.device, layout.rank, layout.world_size
         self.dp_rank, self.dp_size = layout.dp_rank, layout.dp_size
@@ -127,7 +129,7 @@ class Engine:
         """Scale, clip and apply the gradient of `backward`; see `step` for what it returns."""
         weight, loss = totals.pop("_weight"), totals.pop("_loss")
         optimizer, settings = self.optimizer, self.config.optimizer
-        lr = settings.learning_rate(self.step_count, self.config.total_steps)
+        lr = settings.learning_rate(self.step_count, self.total_steps)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, settings.weight_decay * group["wd_mult"]
         with device.megatron_region():
@@ -186,6 +188,12 @@ class Engine:
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Write a checkpoint folder; `extra` is JSON that `load` gives back."""
         saving.save(self, Path(folder), extra)
+
+    def save_step(self, checkpoints: Path, extra: dict[str, Any], keep: int) -> None:
+        """Write the checkpoint of this step below `checkpoints` and delete those older than the newest `keep`."""
+        self.save(checkpoint.step_folder(Path(checkpoints), self.step_count), extra)
+        if self.rank == 0:
+            checkpoint.prune(Path(checkpoints), keep)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore weights, optimizer, average and counters, whatever layout saved them; returns `extra`."""

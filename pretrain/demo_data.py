@@ -1,0 +1,32 @@
+"""The data that an entry takes when it is given none: the demo's pictures and its tiny networks, made if missing."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDER = Path("runs/demo-data")
+COMPONENTS = FOLDER / "components"
+
+
+def demo_data(side_px: int) -> tuple[Path, Path]:
+    """(encoded data set, components) of the demo; rank 0 makes what is missing, the others wait for it."""
+    encoded, raw, vae = FOLDER / f"encoded-{side_px}", FOLDER / "raw", FOLDER / "vae"
+    if not (encoded / "dataset.json").exists():
+        if os.environ.get("RANK", "0") == "0":
+            if not COMPONENTS.exists():
+                _run("data_pipeline/synthesize.py", "--count", 480, "--size", 128, "--out", raw)
+                _run("vae/train.py", "--recipe", "base", "--data", raw, "--size", 64, "--steps", 100, "--out", vae)
+                _run("demo/components.py", "--vae", vae, "--out", COMPONENTS)
+            where = ("--data", raw, "--components", COMPONENTS, "--res", side_px, "--out", encoded)
+            _run("data_pipeline/produce.py", *where)
+        while not (encoded / "dataset.json").exists():
+            time.sleep(1)
+    return encoded, COMPONENTS
+
+
+def _run(script: str, *arguments: object) -> None:
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True, env=alone)

@@ -1,0 +1,54 @@
+"""What a stage will cost: parameters, tokens, FLOPs, memory. Imports no torch."""
+
+import os
+
+from pretrain.recipes import StageConfig
+
+TXT_TOKENS = {"tiny": 24, "small": 256, "qwen-image": 256}
+"""Assumed length of a prompt."""
+
+ACTIVATION_BYTES = 90
+"""Kept for the backward pass, per token, layer and channel of the residual stream, at 2 bytes an activation."""
+
+
+def plan(config: StageConfig) -> str:
+    """The lines that `--dry-run` prints. ValueError if the processes do not divide into the layout."""
+    model, engine, parallel = config.model, config.engine, config.engine.parallel
+    world, shards = int(os.environ.get("WORLD_SIZE", 1)), parallel.tp * parallel.cp
+    if world % shards and world > 1:
+        raise ValueError(f"{world} processes do not divide over tp {parallel.tp} x cp {parallel.cp}")
+    world = max(world, shards)
+    dp = world // shards
+
+    img, txt = (config.side_px // 16) ** 2, TXT_TOKENS[config.preset]
+    forward = model.forward_flops(img, txt, config.batch_size)
+    flops = forward * (4 if engine.recompute == "block" else 3)
+
+    parameters, gib = model.num_parameters, 2**30
+    bf16 = engine.dtype == "bfloat16" or (engine.dtype == "auto" and config.preset != "tiny")
+    size, here = (2 if bf16 else 4), parameters / parallel.tp
+    tokens = min(config.max_tokens, -(-config.batch_size // dp) * (img + txt)) / (
+        parallel.cp * (parallel.tp if parallel.sp else 1)
+    )
+    layers = 1 if engine.recompute == "block" else model.num_layers
+    kept = tokens * model.width * size * (model.num_layers * (engine.recompute == "block") * 2)
+    memory = {
+        "weights": size * here,
+        "gradients": 4 * here,
+        "optimizer (master, moments)": (12 if bf16 else 8) * here / (dp * parallel.cp),
+        "moving average": 4 * here / (dp * parallel.cp),
+        "activations, about": kept + tokens * model.width * layers * ACTIVATION_BYTES * size / 2,
+    }
+    sp = " with sp" if parallel.sp else ""
+    total = sum(memory.values()) / gib
+    return "\n".join(
+        [
+            f"stage {config.res}: {config.preset}, {parameters:,} parameters, {config.loop.steps:,} steps of "
+            f"{config.batch_size:,} samples of {img} image + about {txt} text tokens ({config.side_px} px squares)",
+            f"layout: {world} processes = tp {parallel.tp}{sp} x cp {parallel.cp} x dp {dp}",
+            f"a step: {config.batch_size * (img + txt):,} tokens, {flops:.3g} FLOPs ({flops / world:.3g} a process); "
+            f"the stage: {flops * config.loop.steps:.3g} FLOPs",
+            f"memory a process: {total:.2f} GiB = "
+            + " + ".join(f"{value / gib:.2f} {name}" for name, value in memory.items()),
+        ]
+    )

@@ -1,0 +1,73 @@
+"""The folder of a run: what it was told to do, what it measured, what it drew, where it can go on.
+
+config.toml      every setting, resolved; `--config` takes it back
+metrics.jsonl    one row a step, equal to that of a run that was never interrupted (so it holds no times)
+tensorboard/     the same, and speed
+samples/         pictures
+checkpoints/     step_00001000/ ...
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from command_line import write_toml
+
+
+class RunFolder:
+    """A run's folder, made if it is missing; only the process with `writes` touches files."""
+
+    def __init__(self, path: Path, config: Any, writes: bool = True):
+        self.path, self.writes = Path(path), writes
+        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self._metrics = self._board = None
+        if writes:
+            for folder in (self.checkpoints, self.samples):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_toml(config, self.path / "config.toml")
+
+    def open(self, step: int) -> None:
+        """Begin to log after `step`: rows of later steps, from a run that died since, are cut off."""
+        if not self.writes:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        file = self.path / "metrics.jsonl"
+        rows = file.read_text().splitlines(keepends=True) if file.exists() else []
+        kept = rows[:step]
+        if any(json.loads(row)["step"] != i for i, row in enumerate(kept, 1)) or len(kept) < step:
+            raise ValueError(f"{file} does not hold one row for each of {step} steps; restore it or start a new run")
+        temporary = file.with_name(".tmp-metrics.jsonl")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, file)
+        self._metrics = file.open("a")
+        self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
+
+    def log(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
+        """Append the row of a step; what is not finite becomes null. `speed` goes to TensorBoard alone."""
+        if not self.writes:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+        self._metrics.flush()
+        for name, value in {**metrics, **speed}.items():
+            self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Bring all rows to disk, as before a checkpoint that relies on them."""
+        if self.writes:
+            os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        """Close the logs."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._board.close()
+            self._metrics = self._board = None
+
+
+def read_metrics(run: Path) -> list[dict[str, float | None]]:
+    """Rows of a run's metrics.jsonl."""
+    return [json.loads(row) for row in (Path(run) / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,52 @@
+"""Pictures of the moving average while it trains: the data set's first prompts at fixed seeds."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_pipeline.sample import EncodedSample
+from model.sampler import Condition, sample
+from model.text_to_image import TextToImage
+from pretrain.randomness import Randomness
+from pretrain.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from pretrain.engine.step import Engine
+
+
+@dataclass
+class SampleHook:
+    """Draws `prompts` every so many steps into samples/step_N.png; a hook of `pretrain.loop`."""
+
+    every: int
+    run: RunFolder
+    vae: Any
+    prompts: list[EncodedSample]
+    """Whose text, empty prompt, references and size are used."""
+    steps: int = 20
+    cfg_scale: float = 4.0
+
+    def __call__(self, engine: "Engine", step: int) -> None:
+        on = lambda t: t.to(engine.device)  # noqa: E731
+        conditions = [Condition(on(s.txt), on(s.txt_empty), tuple(map(on, s.references))) for s in self.prompts]
+        noise = [on(Randomness(0).normal(s.key, 0, "sample", tuple(s.latent.shape))) for s in self.prompts]
+        velocity = partial(engine.frozen, "ema")
+        latents = sample(velocity, conditions, noise, self.steps, self.cfg_scale, engine.align)
+        if self.run.writes:
+            with torch.inference_mode():
+                draw = TextToImage(velocity, None, self.vae, engine.device)
+                _save_row([draw.decode(latent) for latent in latents], self.run.samples / f"step_{step:08d}.png")
+
+
+def _save_row(pictures: list, path) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(p) for p in pictures]
+    row = Image.new("RGB", (sum(i.width + 2 for i in images), max(i.height for i in images)), "white")
+    x = 0
+    for image in images:
+        row.paste(image, (x, 0))
+        x += image.width + 2
+    row.save(path)
