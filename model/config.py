@@ -61,6 +61,27 @@ class MMDiTConfig:
         return self.num_layers * block + ends
 
 
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters: y = W x + scale * B A x (arXiv 2106.09685)."""
+
+    rank: int = 64
+    alpha: float = 128.0
+    rank_stabilised: bool = False
+    """scale = alpha / sqrt(rank) (arXiv 2312.03732) in place of alpha / rank."""
+    targets: tuple[str, ...] = ("q", "k", "v", "out")
+    """Layers that get an adapter, by the end of their name: `q` (both streams), `img.mlp_in`, `mod`, `blocks.0.txt.k`."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1 or not self.targets:
+            raise ValueError(f"adapters need a positive rank and at least one target: {self}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
 PRESETS: dict[str, MMDiTConfig] = {
     "tiny": MMDiTConfig(6, 4, 48, joint_attention_dim=128, axes_dims_rope=(8, 20, 20)),
     "small": MMDiTConfig(10, 8, 64, joint_attention_dim=3584, axes_dims_rope=(8, 28, 28)),

@@ -79,12 +79,12 @@ class MMDiT(nn.Module):
         """Fill all weights: Xavier-uniform linears, N(0, .02) time embedding, zero modulation and output (adaLN-Zero).
 
         Each tensor depends on (seed, its name) alone and every rank takes its slice of the same whole, so a model
-        starts alike in every parallel layout.
+        starts alike in every parallel layout. Adapters keep their own initialisation.
         """
         for name, param in self.named_parameters():
-            shape = full_shape(param)
-            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
+            if ".lora." in name:
+                continue
+            shape, generator = full_shape(param), named_generator(seed, name)
             if name.endswith("norm.weight"):
                 full = torch.ones(shape)
             elif name.endswith("bias") or ".mod." in name or name.startswith("output."):
@@ -96,3 +96,9 @@ class MMDiT(nn.Module):
                 full = (torch.rand(shape, generator=generator) * 2 - 1) * bound
             param.copy_(local_shard(param, full))
         return self
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Source of random numbers for one tensor, a function of (seed, its name)."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
