@@ -73,7 +73,7 @@ class Engine:
     def initialize(self, seed: int) -> None:
         """Fill the weights at random, alike in every layout (see `MMDiT.initialize`)."""
         self.model.initialize(seed)
-        self._weights_changed()
+        self.weights_changed()
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -86,9 +86,9 @@ class Engine:
             seen.add(name)
         if missing := sorted(set(params) - seen):
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
-        self._weights_changed()
+        self.weights_changed()
 
-    def _weights_changed(self) -> None:
+    def weights_changed(self) -> None:
         self.optimizer.reload_model_params()
         self.ema.reset()
         self._copies.clear()
@@ -208,7 +208,7 @@ class Engine:
     def load_run(self, source: Path, ema: bool = True) -> None:
         """Start from the (averaged) weights of another run's or checkpoint's folder."""
         saving.load_weights_only(self, checkpoint.resolve(source), ema)
-        self._weights_changed()
+        self.weights_changed()
 
     def close(self) -> None:
         """Take down the process groups."""
