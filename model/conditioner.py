@@ -6,7 +6,6 @@ Shape legend: L tokens of a prompt (its pictures' included), D width of the text
 """
 
 import hashlib
-import itertools
 import json
 import math
 import shutil
@@ -79,7 +78,7 @@ class Conditioner:
 
         Prompts are cut to `max_length` tokens, pictures' tokens not counted. `mrope` gives picture tokens their 3-D
         positions; diffusers' edit pipelines leave them 1-D under transformers 5 (its issue 14194), which `mrope=False`
-        reproduces. Prompts of one length run together, at most `batch_tokens` tokens at once. `picture_area` replaces
+        reproduces. Prompts run together, at most `batch_tokens` tokens at once. `picture_area` replaces
         the pixels that the template resizes pictures to.
         """
         self.tokenizer, self.text_encoder, self.image_processor = tokenizer, text_encoder.eval(), image_processor
@@ -147,16 +146,20 @@ class Conditioner:
         return tuple(self.tokenizer(template.text.format(pictures + prompt)).input_ids[:limit])
 
     def _encode_texts(self, token_lists: list[tuple[int, ...]]):
-        """Yield (ids, hidden states) for lists of token ids sorted by length."""
-        drop = TEMPLATES["text"].drop
-        for length, group in itertools.groupby(token_lists, key=len):
-            group = list(group)
-            size = max(1, self.batch_tokens // length)
-            for start in range(0, len(group), size):
-                batch = group[start : start + size]
-                ids = torch.tensor(batch, device=self.device)
-                hidden = self.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
-                yield from zip(batch, hidden[:, drop:].clone(), strict=True)
+        """Yield (ids, hidden states) for lists of token ids sorted by length.
+
+        Shorter prompts are padded on the right: attention is causal, so no token sees what stands behind it.
+        """
+        drop, start = TEMPLATES["text"].drop, 0
+        while start < len(token_lists):
+            stop = start + 1
+            while stop < len(token_lists) and (stop + 1 - start) * len(token_lists[stop]) <= self.batch_tokens:
+                stop += 1
+            batch, start = token_lists[start:stop], stop
+            length, pad = len(batch[-1]), self.tokenizer.pad_token_id
+            ids = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in batch], device=self.device)
+            hidden = self.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
+            yield from ((ids, states[drop : len(ids)].clone()) for ids, states in zip(batch, hidden, strict=True))
 
     def _encode_with_pictures(self, prompt: str, pictures: "list[Image]") -> Tensor:
         from PIL.Image import Resampling
