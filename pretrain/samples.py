@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.sample import EncodedSample
 from model.sampler import Condition, sample
-from model.text_to_image import TextToImage
+from model.text_to_image import TextToImage, to_uint8
 from pretrain.randomness import Randomness
 from pretrain.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ class SampleHook:
 def _save_row(pictures: list, path) -> None:
     from PIL import Image
 
-    images = [Image.fromarray(p) for p in pictures]
+    images = [Image.fromarray(to_uint8(p)) for p in pictures]
     row = Image.new("RGB", (sum(i.width + 2 for i in images), max(i.height for i in images)), "white")
     x = 0
     for image in images:
