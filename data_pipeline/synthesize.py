@@ -1,4 +1,4 @@
-"""Make synthetic training pictures with captions, as shards: text in real fonts, shapes, photographs.
+"""Make synthetic training pictures with captions, as shards: text in real fonts, layouts, shapes, photographs.
 
 Every sample is a function of the seed and its index: any number of workers writes the same bytes, and a run that was
 interrupted goes on when it is started again.
@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 
 try:
@@ -32,6 +32,10 @@ class Config:
     seed: int = 0
     corpus: Path | None = None
     """UTF-8 text to draw, a paragraph a line: a .txt file or a folder of them. Default: a small embedded one."""
+    templates: Path | None = None
+    """Folder of .toml templates for layouts. Default: the embedded ones."""
+    min_occurrences: int = 0
+    """Draw passages so that every character that the corpus has and a font covers appears in this many text samples."""
     shard_size: int = 500
     """Samples in a shard."""
     workers: int = os.cpu_count() or 1
@@ -48,7 +52,7 @@ def main(config: Config) -> None:
         raise UserError("--count, --shard-size and --workers must be at least 1")
     if config.size < 32 or config.size % 16:
         raise UserError(f"--size must be a multiple of 16 from 32 on, not {config.size}")
-    recipe = Recipe(parse_kinds(config.kinds), config.size, config.seed, Sources(config.corpus))
+    recipe = Recipe(parse_kinds(config.kinds), config.size, config.seed, Sources(config.corpus, config.templates))
     starts = range(0, config.count, config.shard_size)
     shards = {
         config.out / shard_name(i): range(s, min(s + config.shard_size, config.count)) for i, s in enumerate(starts)
@@ -61,7 +65,9 @@ def main(config: Config) -> None:
     if config.dry_run:
         return
     _require_same(config)
-    samples = _map_ordered(recipe, (i for indices in todo.values() for i in indices), config.workers)
+    passages = recipe.passages(config.count, config.min_occurrences) if config.min_occurrences else {}
+    jobs = ((i, passages.get(i)) for indices in todo.values() for i in indices)
+    samples = _map_ordered(recipe, jobs, config.workers)
     with progress(config.count, "synthesize", "sample", done=config.count - left) as bar:
         for path, indices in todo.items():
             write_raw(path, _count(islice(samples, len(indices)), bar))
@@ -73,7 +79,7 @@ def _require_same(config: Config) -> None:
 
     from data_pipeline.atomic import write_json
 
-    names = ("kinds", "count", "size", "seed", "corpus", "shard_size")
+    names = ("kinds", "count", "size", "seed", "corpus", "templates", "min_occurrences", "shard_size")
     wanted = {n: str(v) if isinstance(v := getattr(config, n), Path) else v for n in names}
     path = config.out / "synthesis.json"
     config.out.mkdir(parents=True, exist_ok=True)
@@ -91,19 +97,19 @@ def _count(samples: Iterable, bar) -> Iterator:
         bar.update()
 
 
-def _map_ordered(recipe, indices: Iterator[int], workers: int, chunk: int = 8) -> Iterator:
-    """`recipe.make` of every index, in order, a bounded number of them ahead."""
+def _map_ordered(recipe, jobs: Iterator[tuple], workers: int, chunk: int = 8) -> Iterator:
+    """`recipe.make(*job)` of every job, in order, a bounded number of them ahead."""
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
     if workers == 1:
-        yield from map(recipe.make, indices)
+        yield from starmap(recipe.make, jobs)
         return
     with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
         pending: deque = deque()
         try:
             while True:
-                while len(pending) < 4 * workers and (some := list(islice(indices, chunk))):
+                while len(pending) < 4 * workers and (some := list(islice(jobs, chunk))):
                     pending.append(pool.submit(_make_some, recipe, some))
                 if not pending:
                     return
@@ -124,8 +130,8 @@ def _start_worker() -> None:
     cv2.setNumThreads(1)
 
 
-def _make_some(recipe, indices: list[int]) -> list:
-    return [recipe.make(i) for i in indices]
+def _make_some(recipe, jobs: list[tuple]) -> list:
+    return list(starmap(recipe.make, jobs))
 
 
 if __name__ == "__main__":

@@ -44,13 +44,13 @@ class Corpus:
     widths: dict[str, list[float]]
 
     def draw(self, rng: np.random.Generator, language: str, most: float, least: float = 0.0) -> str | None:
-        """A passage of at most `most` em, its length drawn log-uniformly from at least `least`; None if there is none.
+        """A passage of at most `most` em, its length drawn between `least` and that; None if there is none.
 
         Where a single paragraph can't fill the length, several are joined by newlines.
         """
         passages, widths = self.passages[language], self.widths[language]
         low = min(max(least, widths[0]), most)
-        target = low * (most / low) ** rng.random()
+        target = low * (most / low) ** rng.random() ** 0.5
         parts: list[str] = []
         room = target
         while room >= max(widths[0], 0.4 * target):
@@ -58,8 +58,11 @@ class Corpus:
             start = min(
                 bisect.bisect_left(widths, max(0.6 * room, least)), bisect.bisect_left(widths, widths[stop - 1])
             )
-            parts.append(passages[rng.integers(start, stop)])
-            room -= width_in_em(parts[-1]) + 1
+            passage = passages[rng.integers(start, stop)]
+            if passage in parts:
+                break
+            parts.append(passage)
+            room -= width_in_em(passage) + 1
         return "\n".join(parts) or None
 
 
@@ -92,7 +95,9 @@ def _passages_of(paragraph: str) -> Iterator[str]:
     sentences = [s for s in _SENTENCE.split(paragraph) if s]
     for start in range(len(sentences)):
         for stop in range(start + 1, min(start + 6, len(sentences) + 1)):
-            yield "".join(sentences[start:stop]).strip()
+            passage = "".join(sentences[start:stop]).strip()
+            if any(c.isalpha() for c in passage):
+                yield passage
     if has_chinese(paragraph):
         yield from (c.strip(" “”‘’《》（）…") for c in _CLAUSE.split(paragraph) if c.strip(" “”‘’《》（）…"))
     yield from (word for word in _WORD.findall(paragraph) if 3 <= len(word) <= 12)

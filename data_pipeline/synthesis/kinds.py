@@ -8,57 +8,53 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.sample import RawSample
-from data_pipeline.synthesis import photos, pure, shapes_world
-from data_pipeline.synthesis.corpus import Corpus, read_corpus
-from data_pipeline.synthesis.fonts import Face, find_faces
+from data_pipeline.synthesis import layouts, photos, pure, shapes_world
+from data_pipeline.synthesis.corpus import read_corpus
+from data_pipeline.synthesis.fonts import find_faces
 from data_pipeline.synthesis.picture import Picture, draw_size, generator, to_sample
+from data_pipeline.synthesis.rare_characters import passages_showing_all, spread
+from data_pipeline.synthesis.templates import read_templates
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where text comes from; the rest is found when a kind needs it."""
+    """What a user may replace; None stands for what is embedded."""
 
     corpus: Path | None = None
-
-    def read_corpus(self) -> Corpus:
-        """The passages."""
-        return _corpus(self.corpus)
+    templates: Path | None = None
 
 
-@functools.cache
-def _corpus(path: Path | None) -> Corpus:
-    return read_corpus(path)
+_corpus = functools.cache(read_corpus)
+_templates = functools.cache(read_templates)
+_faces = functools.cache(find_faces)
+_views = functools.cache(photos.read_views)
 
 
-@functools.cache
-def _faces() -> tuple[Face, ...]:
-    return find_faces()
+def _text(rng: np.random.Generator, side: int, sources: Sources, passage: str | None) -> Picture:
+    return pure.make(rng, draw_size(rng, side), _corpus(sources.corpus), _faces(), passage)
 
 
-@functools.cache
-def _views() -> tuple[photos.View, ...]:
-    return photos.read_views()
-
-
-def _text(rng: np.random.Generator, side: int, sources: Sources) -> Picture:
-    return pure.make(rng, draw_size(rng, side), sources.read_corpus(), _faces())
-
-
-def _shapes(rng: np.random.Generator, side: int, sources: Sources) -> Picture:
+def _shapes(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
     size = draw_size(rng, side, lambda h, w: max(h, w) <= 3 * min(h, w) and min(h, w) >= 32)
     metadata = shapes_world.sample_prompt(rng, "train")
     return Picture(shapes_world.render(metadata, rng, size), metadata["prompt"], record={"geneval": metadata})
 
 
-def _photo(rng: np.random.Generator, side: int, sources: Sources) -> Picture:
+def _photo(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
     return photos.make(rng, side, _views())
 
 
-KINDS: dict[str, Callable[[np.random.Generator, int, Sources], Picture]] = {
+def _layout(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
+    return layouts.make(rng, side, _templates(sources.templates), _corpus(sources.corpus), _faces(), _views())
+
+
+KINDS: dict[str, Callable[[np.random.Generator, int, Sources, str | None], Picture]] = {
     "text": _text,
     "shapes": _shapes,
     "photo": _photo,
+    "layout": _layout,
 }
+"""Each takes random numbers, the side in pixels, the sources and, for text, a passage that must be shown."""
 JPEG_QUALITY = {"photo": 92}
 """Kinds stored as JPEG; the others are PNG."""
 
@@ -67,30 +63,43 @@ JPEG_QUALITY = {"photo": 92}
 class Recipe:
     """What a synthetic data set is a function of (with the fonts and photographs that are installed)."""
 
-    weights: dict[str, float]
-    """kind -> its share."""
+    weights: tuple[tuple[str, float], ...]
+    """(kind, share)."""
     size: int
     """Side, in pixels, of the square whose area pictures have; a multiple of 16."""
     seed: int
-    sources: Sources
+    sources: Sources = Sources()
 
     def kind(self, index: int) -> str:
         """The kind of sample `index`: shares hold closely for every run of indices (golden ratio sequence)."""
         u = (index + 0.5) * 0.6180339887498949 % 1.0
-        edges = np.cumsum(list(self.weights.values()))
-        return list(self.weights)[min(int(np.searchsorted(edges / edges[-1], u, "right")), len(edges) - 1)]
+        edges = np.cumsum([share for _, share in self.weights])
+        return self.weights[int(np.searchsorted(edges[:-1] / edges[-1], u, "right"))][0]
 
-    def make(self, index: int) -> RawSample:
-        """Sample `index`, the same bytes each time."""
+    def passages(self, count: int, at_least: int) -> dict[int, str]:
+        """Passages for text samples of the first `count` that make every drawable character appear `at_least` times.
+
+        Raises ValueError if there are too few text samples for that.
+        """
+        slots = [i for i in range(count) if self.kind(i) == "text"]
+        faces = _faces()
+        shown = passages_showing_all(
+            _corpus(self.sources.corpus), at_least, lambda text: any(face.covers(text) for face in faces)
+        )
+        generator(self.seed, 0, "passages").shuffle(shown)
+        return spread(shown, slots)
+
+    def make(self, index: int, passage: str | None = None) -> RawSample:
+        """Sample `index`, the same bytes each time; a text sample shows `passage`, if one is given."""
         kind = self.kind(index)
         rng = generator(self.seed, index, kind)
-        picture = KINDS[kind](rng, self.size, self.sources)
+        picture = KINDS[kind](rng, self.size, self.sources, passage)
         return to_sample(picture, f"{kind}-{self.seed}-{index:08d}", kind, JPEG_QUALITY.get(kind))
 
 
-def parse_kinds(text: str) -> dict[str, float]:
+def parse_kinds(text: str) -> tuple[tuple[str, float], ...]:
     """Shares from 'text:2,shapes,photo:0.5'. ValueError for an unknown kind or a share that isn't positive."""
-    weights = {}
+    weights: dict[str, float] = {}
     for item in text.split(","):
         name, _, share = item.strip().partition(":")
         if name not in KINDS:
@@ -101,4 +110,4 @@ def parse_kinds(text: str) -> dict[str, float]:
             raise ValueError(f"the share of {name} must be a number, not {share!r}") from None
         if not 0 < weights[name] < float("inf"):
             raise ValueError(f"the share of {name} must be positive, not {share}")
-    return weights
+    return tuple(weights.items())

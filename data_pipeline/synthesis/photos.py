@@ -62,13 +62,15 @@ def make(rng: np.random.Generator, side: int, views: tuple[View, ...]) -> Pictur
     of_photograph = [view for view in views if view.path == path]
     view = of_photograph[rng.integers(len(of_photograph))]
     photo = load_photo(path)
-    height, width = draw_size(rng, side, lambda h, w: _draw_crop(rng, photo.size, view, w / h) is not None)
-    box = _draw_crop(rng, photo.size, view, width / height)
+    height, width = draw_size(rng, side, lambda h, w: draw_crop(rng, photo.size, view, w / h) is not None)
+    box = draw_crop(rng, photo.size, view, width / height)
     image = np.asarray(photo.resize((width, height), Image.Resampling.LANCZOS, box=box))
     return Picture(image, view.captions[rng.integers(len(view.captions))], record={"photo": path.name})
 
 
-def _draw_crop(rng, size: tuple[int, int], view: View, ratio: float) -> tuple[float, float, float, float] | None:
+def draw_crop(
+    rng: np.random.Generator, size: tuple[int, int], view: View, ratio: float
+) -> tuple[float, float, float, float] | None:
     """A box of width / height = `ratio` in a photograph of `size` (w, h) that shows the view; None if none does."""
     x0, y0, x1, y1 = view.within or (0, 0, *size)
     largest = min(x1 - x0, (y1 - y0) * ratio)

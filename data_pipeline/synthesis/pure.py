@@ -33,40 +33,53 @@ class Page:
     """Where the block lies in the free space, 0 to 1 in y and x."""
 
 
-def make(rng: np.random.Generator, size: tuple[int, int], corpus: Corpus, faces: tuple[Face, ...]) -> Picture:
-    """A passage in a random style; passages that no face covers or that don't fit are dropped whole.
+def make(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    corpus: Corpus,
+    faces: tuple[Face, ...],
+    passage: str | None = None,
+) -> Picture:
+    """A passage of the corpus (or the given one) in a random style.
 
-    Raises ValueError if the corpus holds nothing that can be drawn.
+    A passage that no face covers, or that doesn't fit, is dropped whole and another one drawn. Raises ValueError if
+    nothing can be drawn.
     """
     for _ in range(1000):
-        page, names = draw_page(rng, size, corpus, faces)
+        page, names = draw_page(rng, size, corpus, faces, passage)
         drawn = None if page is None else render(page)
         if drawn is not None:
             image, block = drawn
             record = {"language": language_of(page.text), "font": page.style.face.name}
             return Picture(image, write_caption(rng, page, names, block), block.lines, record)
-    raise ValueError(f"no font here draws any passage of the corpus that fits {size[1]}x{size[0]} pixels")
+    what = "any passage of the corpus" if passage is None else repr(passage)
+    raise ValueError(f"no font here draws {what} so that it fits {size[1]}x{size[0]} pixels")
 
 
-def draw_page(rng, size, corpus: Corpus, faces) -> tuple[Page | None, tuple[str, str]]:
+def draw_page(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    corpus: Corpus,
+    faces: tuple[Face, ...],
+    passage: str | None = None,
+) -> tuple[Page | None, tuple[str, str]]:
     """A random page of `size` (h, w) and the names of its ink and ground; no page if no face covers the passage."""
     height, width = size
     side = (height * width) ** 0.5
     names = choose_pair(rng)
-    languages = list(corpus.passages)
-    weights = np.array([WEIGHTS[name] for name in languages], float)
-    language = languages[rng.choice(len(languages), p=weights / weights.sum())]
+    language = _draw_language(rng, corpus) if passage is None else language_of(passage)
     vertical = language == "chinese" and height >= 0.75 * width and rng.random() < 0.25
     least_px = max(LEAST_PX[language], round(0.02 * side))
     px = round(least_px * (0.4 * side / least_px) ** rng.random())
     leading = rng.uniform(1.2, 1.7)
     tracking = rng.uniform(0.02, 0.15) if rng.random() < 0.2 else 0.0
-    capacity = 0.75 * (0.9 * height) * (0.9 * width) / (px * px * leading * (1 + tracking))
-    text = corpus.draw(rng, language, capacity)
-    if text is None:
-        return None, names
-    text = _change_case(rng, text) if language == "english" else text
-    face = choose_face(faces, text, rng)
+    if passage is None:
+        capacity = 0.75 * (0.9 * height) * (0.9 * width) / (px * px * leading * (1 + tracking))
+        text = corpus.draw(rng, language, capacity)
+        text = _change_case(rng, text) if text and language == "english" else text
+    else:
+        text = passage
+    face = choose_face(faces, text, rng) if text else None
     if face is None:
         return None, names
     aligns = ("left", "center") if vertical else ("left", "left", "center", "right", "justify")
@@ -75,6 +88,12 @@ def draw_page(rng, size, corpus: Corpus, faces) -> tuple[Page | None, tuple[str,
     bottom = jitter(rng, NAMED[names[1]], 16) if rng.random() < 0.3 else ground
     anchor = tuple(rng.choice((0.0, 0.5, 0.5, 1.0, rng.random()), 2))
     return Page(size, text, style, least_px, jitter(rng, NAMED[names[0]]), (ground, bottom), anchor), names
+
+
+def _draw_language(rng: np.random.Generator, corpus: Corpus) -> str:
+    languages = list(corpus.passages)
+    weights = np.array([WEIGHTS[name] for name in languages], float)
+    return languages[rng.choice(len(languages), p=weights / weights.sum())]
 
 
 def render(page: Page) -> tuple[np.ndarray, Block] | None:

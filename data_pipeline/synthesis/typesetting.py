@@ -5,6 +5,7 @@ coverage (0 to 255), so that pictures, surfaces and layouts can blend ink as the
 """
 
 import functools
+import itertools
 import math
 import unicodedata
 from dataclasses import dataclass
@@ -118,15 +119,13 @@ def _font(style: Style, text: str) -> ImageFont.FreeTypeFont:
 
 def _pieces(text: str, style: Style) -> list[str]:
     """What is drawn at once: the line, or its characters where space goes between them."""
-    if style.vertical:
-        return _vertical_pieces(text)
     return list(text) if style.tracking and not _needs_shaping(text) else [text]
 
 
 def _advance(style: Style, text: str) -> float:
     font, gap = _font(style, text), style.tracking * style.px
     if style.vertical:
-        return sum(style.px if _is_upright(p) else font.getlength(p) for p in _vertical_pieces(text)) + gap * len(text)
+        return sum(cell.length + gap for cell in _cells(text, style))
     pieces = _pieces(text, style)
     return sum(font.getlength(p) for p in pieces) + gap * (len(pieces) - 1)
 
@@ -161,27 +160,33 @@ def _draw_line(line: str, style: Style, along: int, is_last: bool) -> Image.Imag
     return layer
 
 
-# Vertical setting: full-width marks that turn with the line, and those that move to the upper right of their square.
-_TURNED = frozenset("（）《》〈〉「」『』【】〔〕〖〗—…～ー－｛｝［］：；")
+@dataclass(frozen=True)
+class _Cell:
+    """What stands or lies together in a column."""
+
+    text: str
+    length: float
+    """Along the column, in pixels."""
+    turned: bool
+    """Lies on its side."""
+
+
+_TURNED = frozenset("（）《》〈〉「」『』【】〔〕〖〗～ー－｛｝［］：；")
 _RAISED = frozenset("、。，．")
+"""Full-width marks that turn with the line, and those that move to the upper right of their square."""
 
 
-def _is_upright(piece: str) -> bool:
-    return len(piece) == 1 and is_ideographic(piece) and piece not in _TURNED
-
-
-def _vertical_pieces(text: str) -> list[str]:
-    """Single upright or turned full-width characters, and runs of others, which lie on their side."""
-    pieces: list[str] = []
-    run = False
-    for char in text:
-        single = is_ideographic(char) or char in _TURNED
-        if single or not run:
-            pieces.append(char)
+def _cells(text: str, style: Style) -> list[_Cell]:
+    """Full-width characters one by one, and runs of others: one or two digits stand, the rest lies down."""
+    cells = []
+    for wide, run in itertools.groupby(text, is_ideographic):
+        if wide:
+            cells += [_Cell(char, style.px, char in _TURNED) for char in run]
         else:
-            pieces[-1] += char
-        run = not single
-    return pieces
+            words = "".join(run)
+            stands = words.isdigit() and len(words) <= 2
+            cells.append(_Cell(words, style.px if stands else _font(style, words).getlength(words), not stands))
+    return cells
 
 
 def _draw_column(line: str, style: Style, along: int) -> Image.Image:
@@ -189,20 +194,16 @@ def _draw_column(line: str, style: Style, along: int) -> Image.Image:
     layer = Image.new("L", (3 * px, along + 2 * px))
     slack = along - _advance(style, line)
     y = px + {"center": slack / 2, "right": slack}.get(style.align, 0.0)
-    for piece in _vertical_pieces(line):
-        if _is_upright(piece):
-            glyph = Image.new("L", (2 * px, 2 * px))
-            raised = 0.55 * px if piece in _RAISED else 0
-            ImageDraw.Draw(glyph).text((px / 2 + raised, px * 1.38 - raised), piece, 255, font, anchor="ls")
-            _lighten(layer, glyph, (px // 2, round(y) - px // 2))
-            y += px + style.tracking * px
-            continue
-        length = px if len(piece) == 1 and is_ideographic(piece) else font.getlength(piece)
-        glyph = Image.new("L", (math.ceil(length) + 2 * px, 2 * px))
-        # The baseline lies so that the middle of the x-height meets the column's middle.
-        ImageDraw.Draw(glyph).text((px, px * 1.36), piece, 255, font, anchor="ls")
-        _lighten(layer, glyph.transpose(Image.Transpose.ROTATE_270), (px // 2, round(y) - px))
-        y += length + style.tracking * px * len(piece)
+    for cell in _cells(line, style):
+        glyph = Image.new("L", (math.ceil(cell.length) + px, 2 * px))
+        raised = 0.55 * px if cell.text in _RAISED else 0
+        # The baseline lies so that the middle of an em square, or of a capital letter, meets the column's middle.
+        at = (px / 2 + cell.length / 2 + raised, px * 1.37 - raised)
+        ImageDraw.Draw(glyph).text(at, cell.text, 255, font, anchor="ms")
+        if cell.turned:
+            glyph = glyph.transpose(Image.Transpose.ROTATE_270)
+        _lighten(layer, glyph, (round(1.5 * px - glyph.width / 2), round(y + cell.length / 2 - glyph.height / 2)))
+        y += cell.length + style.tracking * px
     return layer
 
 
