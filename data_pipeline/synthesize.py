@@ -64,6 +64,7 @@ def main(config: Config) -> None:
     )
     if config.dry_run:
         return
+    recipe.load()
     _require_same(config)
     passages = recipe.passages(config.count, config.min_occurrences) if config.min_occurrences else {}
     jobs = ((i, passages.get(i)) for indices in todo.values() for i in indices)

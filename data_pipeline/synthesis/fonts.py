@@ -8,7 +8,7 @@ and Cyrillic; Chinese and the rest come from the system's fonts.
 import functools
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ class Face:
     """Bold, Italic, ... as the font names it."""
     look: str
     """Words for a caption: 'bold serif', 'monospaced', '' if the font doesn't say."""
+    points: frozenset[int] = field(repr=False, compare=False)
+    """The characters that it maps to glyphs."""
 
     @property
     def name(self) -> str:
@@ -42,9 +44,7 @@ class Face:
     def covers(self, text: str) -> bool:
         """Whether every character of `text` has a glyph, and every one but spaces a visible glyph."""
         chars = set(text) - {"\n"}
-        if not {ord(c) for c in chars} <= _codepoints(self.path, self.index):
-            return False
-        return all(c.isspace() or _has_ink(self, c) for c in chars)
+        return {ord(c) for c in chars} <= self.points and all(c.isspace() or _has_ink(self, c) for c in chars)
 
     def at(self, px: int, shaped: bool = False) -> ImageFont.FreeTypeFont:
         """The face at `px` pixels per em; `shaped` if the script needs shaping (HarfBuzz through raqm)."""
@@ -95,18 +95,18 @@ def _read_faces(path: Path) -> list[Face]:
     try:
         collection = path.suffix.lower() in (".ttc", ".otc")
         fonts = TTCollection(path, lazy=True).fonts if collection else [TTFont(path, lazy=True)]
-        return [_read_face(path, i, font) for i, font in enumerate(fonts) if _is_usable(font)]
+        faces = (_read_face(path, i, font) for i, font in enumerate(fonts))
+        return [face for face in faces if face is not None]
     except (TTLibError, OSError, KeyError, AttributeError, AssertionError):
         return []  # a damaged font is no font
 
 
-def _is_usable(font) -> bool:
-    points = font["cmap"].getBestCmap() or {}
+def _read_face(path: Path, index: int, font) -> Face | None:
+    mapped = font["cmap"].getBestCmap() or {}
+    points = frozenset(point for point, glyph in mapped.items() if glyph != ".notdef")
     # Computer Modern files of 1990 map ASCII to other glyphs; their maps hold little else.
-    return any(t in font for t in ("glyf", "CFF ", "CFF2")) and points.keys() >= PRINTABLE_ASCII and len(points) > 200
-
-
-def _read_face(path: Path, index: int, font) -> Face:
+    if not any(t in font for t in ("glyf", "CFF ", "CFF2")) or not points >= PRINTABLE_ASCII or len(points) <= 200:
+        return None
     names, os2 = font["name"], font["OS/2"]
     family, style = names.getBestFamilyName() or path.stem, names.getBestSubFamilyName() or "Regular"
     words = f"{family} {style}".lower()
@@ -121,15 +121,7 @@ def _read_face(path: Path, index: int, font) -> Face:
         kind = ""
     weight = "bold" if os2.usWeightClass >= 600 else "light" if os2.usWeightClass <= 300 else ""
     slant = "italic" if os2.fsSelection & 1 else ""
-    return Face(path, index, family, style, " ".join(word for word in (weight, slant, kind) if word))
-
-
-@functools.cache
-def _codepoints(path: Path, index: int) -> frozenset[int]:
-    from fontTools.ttLib import TTFont
-
-    with TTFont(path, lazy=True, fontNumber=index) as font:
-        return frozenset(point for point, glyph in font["cmap"].getBestCmap().items() if glyph != ".notdef")
+    return Face(path, index, family, style, " ".join(word for word in (weight, slant, kind) if word), points)
 
 
 @functools.cache

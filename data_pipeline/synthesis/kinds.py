@@ -76,6 +76,16 @@ class Recipe:
         edges = np.cumsum([share for _, share in self.weights])
         return self.weights[int(np.searchsorted(edges[:-1] / edges[-1], u, "right"))][0]
 
+    def load(self) -> None:
+        """Read what the kinds need, so that bad input is found at once and processes that fork share it."""
+        kinds = {kind for kind, _ in self.weights}
+        if kinds & {"text", "layout"}:
+            _corpus(self.sources.corpus), _faces()
+        if kinds & {"photo", "layout"}:
+            _views()
+        if "layout" in kinds:
+            _templates(self.sources.templates)
+
     def passages(self, count: int, at_least: int) -> dict[int, str]:
         """Passages for text samples of the first `count` that make every drawable character appear `at_least` times.
 
