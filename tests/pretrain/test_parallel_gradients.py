@@ -115,7 +115,9 @@ def compare_steps(rank: int, layouts: dict) -> dict[str, list]:
             found.append((metrics["loss"], metrics["grad_norm"]))
             assert metrics["samples"] == 4 and metrics["skipped"] == 0
         weights = {n: whole(p, p.detach(), engine) for n, p in engine.model.named_parameters() if p.requires_grad}
-        averages = {n: whole(engine.model.get_parameter(n), w, engine) for n, w in engine.shards.gather(engine.ema.average)}
+        averages = {
+            n: whole(engine.model.get_parameter(n), w, engine) for n, w in engine.shards.gather(engine.ema.average)
+        }
         inputs = VelocityMSE().prepare(samples(), Randomness(7), None, engine.align)
         reference = fill(MMDiT(CONFIG))
         reference.load_state_dict(averages, strict=False)

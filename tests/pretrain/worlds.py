@@ -13,7 +13,9 @@ from multiprocessing.connection import wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pretrain.engine.step", "pretrain.loop", "pretrain.run_folder", "data_pipeline.loader"])
+_CONTEXT.set_forkserver_preload(
+    ["pretrain.engine.step", "pretrain.loop", "pretrain.run_folder", "data_pipeline.loader"]
+)
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, deadline_s: float = 120) -> list[Any]:
