@@ -11,7 +11,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 from vae.config import PRESETS, VAEConfig
 from vae.diffusers_folder import read_vae_folder, write_vae_folder
+from vae.initial import initial_weight
 from vae.layers import Attention, CausalConv3d, Downsample, Past, ResidualBlock, RMSNorm, Upsample
+
+if TYPE_CHECKING:
+    from vae.crops import Crops
 
 __all__ = ["PRESETS", "VAE", "VAEConfig"]
 
@@ -139,12 +143,35 @@ class VAE(nn.Module):
             self.video_post_quant_conv = copy.deepcopy(self.post_quant_conv)
             self.video_decoder = copy.deepcopy(self.decoder)
 
+    def initialize(self, seed: int) -> "VAE":
+        """Fill all weights at random, each tensor a function of (seed, its name) alone (see `initial_weight`)."""
+        for name, param in self.named_parameters():
+            param.data.copy_(initial_weight(name, param.shape, seed))
+        z = self.config.z_dim
+        self.quant_conv.weight.data[z:] = 0.0
+        self.quant_conv.bias.data[z:] = -6.0
+        return self
+
+    def forward(self, inputs: "Crops") -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Training pass: (mean, log-variance, reconstruction) of each tensor of `inputs.pixels`.
+
+        Decodes mean + std * noise. Parameters that only clips use take part with weight 0, because a gradient reduction
+        that overlaps the backward pass waits for every parameter.
+        """
+        idle = sum(p.sum() for n, p in self.named_parameters() if "time_conv" in n and p.requires_grad)
+        results = []
+        for pixels, noise in zip(inputs.pixels, inputs.noise, strict=True):
+            mean, logvar = self.moments(pixels.to(self.quant_conv.weight.dtype))
+            z = mean + noise.to(mean.dtype) * (0.5 * logvar).exp()
+            results.append((mean, logvar, self.reconstruct(z) + 0 * idle))
+        return results
+
     # Without statistics: what training sees.
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance [B, 16, F, h, w] of the posterior of [B, 3, T, H, W]; differentiable."""
         one = pixels.shape[2] == 1
-        x = self.quant_conv(self.encoder(pixels[:, :, 0] if one else pixels))
+        x = self.quant_conv(self.encoder(as_picture(pixels) if one else pixels))
         mean, logvar = (x[:, :, None] if one else x).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
@@ -152,7 +179,7 @@ class VAE(nn.Module):
         """Pixels [B, 3, T, H, W], not clamped, of raw latents [B, 16, F, h, w]; differentiable."""
         post_quant_conv, net = self._decoder(z.shape[2], decoder)
         if z.shape[2] == 1:
-            return net(post_quant_conv(z[:, :, 0]))[:, :, None]
+            return net(post_quant_conv(as_picture(z)))[:, :, None]
         return net(post_quant_conv(z))
 
     def _decoder(self, latent_frames: int, name: str | None) -> tuple[CausalConv3d, Decoder]:
@@ -248,9 +275,7 @@ class VAE(nn.Module):
 
     def _check_pixels(self, pixels: Tensor) -> None:
         if pixels.ndim != 5 or pixels.shape[1] != 3 or not pixels.is_floating_point() or not pixels.numel():
-            raise ValueError(
-                f"pixels must be floats [B, 3, T, H, W] with one frame or more, are {pixels.dtype} {tuple(pixels.shape)}"
-            )
+            raise ValueError(f"pixels must be floats [B, 3, T, H, W] T >= 1, are {pixels.dtype} {tuple(pixels.shape)}")
         low, high = pixels.aminmax()
         if not (low >= -1.001 and high <= 1.001):
             raise ValueError(f"pixels must be in [-1, 1] and not NaN, are in [{low.item():g}, {high.item():g}]")
@@ -302,6 +327,11 @@ class VAE(nn.Module):
             video = image | {n.removeprefix("video_"): w for n, w in weights.items() if n.startswith("video_")}
             write_vae_folder(Path(folder) / "vae_video", "AutoencoderKLWan", self.config, video)
         write_vae_folder(Path(folder) / "vae", "AutoencoderKLQwenImage", self.config, image)
+
+
+def as_picture(x: Tensor) -> Tensor:
+    """[B, C, 1, H, W] -> [B, C, H, W], channels last in memory, which convolutions are fastest in."""
+    return x[:, :, 0].contiguous(memory_format=torch.channels_last)
 
 
 def load_weights(vae: VAE, weights: dict[str, Tensor], where: Path) -> None:

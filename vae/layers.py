@@ -45,8 +45,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * spatial_dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        rms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32) * x.shape[1] ** -0.5
-        return x * rms.clamp_min(1e-12).reciprocal().to(x.dtype) * self.gamma.view(-1, *[1] * (x.ndim - 2))
+        return F.rms_norm(x.movedim(1, -1), (x.shape[1],), self.gamma.flatten(), 1e-12).movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):

@@ -1,0 +1,61 @@
+"""The VAE's training objective: reconstruction, perceptual and KL terms of crops."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vae.crops import Crops, Source, draw_crop
+from vae.losses import GradientPyramid, balanced, kl, per_sample_mean
+
+if TYPE_CHECKING:
+    from pretrain.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """(|x - y| + (x - y)^2) (+) ratio * perceptual + kl_weight * KL of each crop, mean over its elements.
+
+    (+) is `losses.balanced`: the perceptual term always weighs `perceptual_ratio` times the reconstruction term.
+    """
+
+    crop: int = 256
+    """Side of crops in pixels."""
+    least_area: int = 256
+    """Pictures are shrunk at most to the area of this square before they are cut."""
+    perceptual_ratio: float = 0.5
+    kl_weight: float = 1e-6
+    sample_posterior: bool = True
+    """Decode a sample of the posterior (while the encoder learns) or its mode."""
+    perceptual: nn.Module = field(default_factory=GradientPyramid)
+
+    def prepare(self, batch: list[Source], rng: "Randomness", frozen: Any, align: int) -> Crops:
+        groups: dict[int, list[Tensor]] = {}
+        noise: dict[int, list[Tensor]] = {}
+        for source in batch:
+            crop = draw_crop(source, rng, self.crop, self.least_area)
+            frames = crop.shape[1]
+            shape = (16, 1 + (frames - 1) // 4, self.crop // 8, self.crop // 8)
+            groups.setdefault(frames, []).append(crop)
+            noise.setdefault(frames, []).append(
+                rng.normal(source.key, source.epoch, "posterior", shape)
+                if self.sample_posterior
+                else torch.zeros(shape)
+            )
+        return Crops(*(tuple(torch.stack(g[t]) for t in sorted(g)) for g in (groups, noise)))
+
+    def loss(self, output: list[tuple[Tensor, ...]], batch: list[Source], inputs: Crops):
+        sums: dict[str, Tensor] = {}
+        for (mean, logvar, y), x in zip(output, inputs.pixels, strict=True):
+            error = (y - x).float()
+            l1, mse = per_sample_mean(error.abs()), per_sample_mean(error.square())
+            frames = lambda p: p.float().transpose(1, 2).flatten(0, 1)  # noqa: E731
+            perceptual = self.perceptual.to(y.device)(frames(y), frames(x)).view(len(x), -1).mean(1)
+            divergence = kl(mean.float(), logvar.float())
+            total = balanced(l1 + mse, perceptual, self.perceptual_ratio) + self.kl_weight * divergence
+            psnr = -10 * torch.log10(mse.detach() / 4 + 1e-10)
+            terms = {"loss": total, "l1": l1, "perceptual": perceptual, "kl": divergence, "psnr": psnr}
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.sum()
+        return sums["loss"], float(len(batch)), {name: value.detach() for name, value in sums.items()}

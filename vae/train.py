@@ -1,0 +1,196 @@
+"""Train the VAE: its encoder and decoder from scratch, or a picture decoder for text beside a frozen encoder.
+
+    python vae/train.py --recipe base --data SHARDS --out runs/vae-base
+    python vae/train.py --recipe image-decoder --init runs/vae-base --data TEXT_SHARDS --out runs/vae
+
+Run the same command again to go on. The defaults shown are those of the recipe and preset given.
+"""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+try:
+    from command_line import UserError, run
+    from vae.config import PRESETS
+    from vae.recipes import Config, recipe
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+
+def main(config: Config) -> None:
+    config = checked(config)
+    if config.dry_run:
+        print(plan(config))
+        return
+
+    from data_pipeline.loader import Loader
+    from pretrain.engine.step import Engine
+    from pretrain.loop import train
+    from pretrain.run_folder import RunFolder
+    from vae.objective import Reconstruction
+
+    dataset = Sources(config.data, config.frames, config.clip_share)
+    start = starting_point(config)
+    engine = Engine(start.config, config.engine, config.loop.steps, build=trainable(config.recipe))
+    try:
+        run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
+        if engine.rank == 0:
+            for problem in dataset.problems:
+                print(f"passed over {problem}", file=sys.stderr)
+            print(plan(config), flush=True)
+        engine.load_weights(start.state_dict().items())
+        batches = Loader(
+            dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_frames
+        )
+        objective = Reconstruction(
+            config.crop, config.size, config.perceptual_ratio, config.kl_weight, config.recipe == "base"
+        )
+        train(engine, objective, batches, config.loop, run_folder)
+        batches.close()
+        if engine.rank == 0:
+            finish(config, start, dataset)
+    finally:
+        engine.close()
+
+
+def checked(config: Config) -> Config:
+    """The config with its default folders; UserError for what cannot be."""
+    config = replace(config, out=config.out or Path(f"runs/vae-{config.recipe}"))
+    for path in (*config.data, config.init):
+        if path is not None and not path.exists():
+            raise UserError(f"{path} does not exist")
+    if config.recipe == "image-decoder" and config.init is None:
+        raise UserError("--recipe image-decoder needs --init: the VAE whose encoder it keeps")
+    return config
+
+
+def plan(config: Config) -> str:
+    """What is trained on what, in a line."""
+    what = "picture decoder" if config.recipe == "image-decoder" else "encoder and decoder"
+    origin = f"{config.preset}, at random" if config.init is None else str(config.init)
+    return (
+        f"{what} of a VAE ({origin}) on {config.crop} px crops of {', '.join(map(str, config.data))}, "
+        f"{config.loop.steps} steps of {config.batch_size} -> {config.out}"
+    )
+
+
+class Sources:
+    """The pictures of raw shards, and the same ones again as clips; made for `data_pipeline.loader.Loader`."""
+
+    def __init__(self, folders: tuple[Path, ...], frames: int, clip_share: float):
+        import numpy as np
+
+        from data_pipeline.shards import IMAGE_EXTENSIONS, list_shards
+        from data_pipeline.tar_index import tar_index
+
+        self.problems: list[str] = []
+        self._pictures = []
+        for shard in (s for folder in folders for s in list_shards(folder)):
+            index = tar_index(shard)
+            if index.problem:
+                self.problems.append(f"{shard}: {index.problem}")
+            for entry in index.entries:
+                ext = next((x for x in IMAGE_EXTENSIONS if x in entry.members), None)
+                if ext is None:
+                    self.problems.append(f"{shard}/{entry.key}: no picture")
+                else:
+                    self._pictures.append((shard, entry, ext))
+        if not self._pictures:
+            raise UserError(f"no pictures in {', '.join(map(str, folders))}")
+        self._frames = frames
+        clips = round(len(self._pictures) * clip_share / (1 - clip_share)) if frames > 1 else 0
+        self.tokens = np.array([1] * len(self._pictures) + [frames] * clips)
+        """Frames of each sample."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def key(self, index: int) -> str:
+        n = len(self._pictures)
+        key = self._pictures[index % n][1].key
+        return key if index < n else f"{key}/clip{index // n}"
+
+    def __getitem__(self, index: int):
+        """Decode one picture; ValueError names a broken one."""
+        import numpy as np
+        import torch
+
+        from data_pipeline.pictures import decode
+        from data_pipeline.tar_index import read_member
+        from vae.crops import Source
+
+        shard, entry, ext = self._pictures[index % len(self._pictures)]
+        descriptor = os.open(shard, os.O_RDONLY)
+        try:
+            pixels = np.asarray(decode(read_member(descriptor, entry, ext)))
+        except ValueError as error:
+            raise ValueError(f"{shard}/{entry.key}: {error}; drop it with data_pipeline/curate.py") from None
+        finally:
+            os.close(descriptor)
+        frames = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        return Source(self.key(index), frames, int(self.tokens[index]))
+
+
+def starting_point(config: Config):
+    """The VAE that training starts from."""
+    from vae.autoencoder import VAE
+
+    if config.init is not None:
+        return VAE.from_folder(config.init)
+    return VAE(PRESETS[config.preset]).initialize(config.loop.seed)
+
+
+def trainable(recipe_name: str):
+    """How the engine builds the module: the VAE with one decoder, its encoder frozen for image-decoder."""
+
+    def build(vae_config, ops):
+        from vae.autoencoder import VAE
+
+        vae = VAE(vae_config)
+        if recipe_name == "image-decoder":
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+        return vae
+
+    return build
+
+
+def finish(config: Config, start, dataset: Sources) -> None:
+    """Write vae/ (and vae_video/) with the averaged weights; latent statistics only for a VAE trained from scratch."""
+    import torch
+
+    from pretrain.engine.checkpoint import read_tensors, resolve
+    from vae.latent_statistics import with_measured_statistics
+
+    trained = read_tensors(resolve(config.out))
+    with torch.no_grad():
+        if config.recipe == "image-decoder":
+            start.split_decoders()
+            trained = {n: w for n, w in trained.items() if n.startswith(("decoder.", "post_quant_conv."))}
+        start.load_state_dict({**start.state_dict(), **trained})
+    if config.init is None:
+        pictures = (dataset[i] for i in range(min(len(dataset), config.statistics_samples)))
+        start = with_measured_statistics(start, pictures, config.size)
+    start.save(config.out)
+    print(f"wrote {config.out}/vae{' and vae_video' if start.video_decoder is not None else ''}", flush=True)
+
+
+def defaults(argv: list[str]) -> Config:
+    """The recipe that the command line names."""
+
+    def flag(name: str) -> str | None:
+        values = [b for a, b in zip(argv, argv[1:], strict=False) if a == name]
+        values += [a.split("=", 1)[1] for a in argv if a.startswith(f"{name}=")]
+        return values[-1] if values else None
+
+    return recipe(flag("--recipe") or "base", flag("--preset"))
+
+
+if __name__ == "__main__":
+    try:
+        chosen = defaults(sys.argv[1:])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    run(main, chosen)
