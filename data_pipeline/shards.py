@@ -10,10 +10,15 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.atomic import atomic_file, remove_leftovers
+from data_pipeline.pictures import decode
 from data_pipeline.sample import EncodedSample, RawSample
-from data_pipeline.tar_index import scan
+from data_pipeline.tar_index import read_member, scan, tar_index
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IMAGE_EXTENSIONS = ("jpg", "png")
 
@@ -83,6 +88,19 @@ def read_encoded(path: Path, on_problem: OnProblem | None = None) -> Iterator[En
             yield encoded_sample(members["__key__"], members.get("safetensors"), members.get("json"))
         except ValueError as error:
             report(Problem(path.name, members["__key__"], str(error)))
+
+
+def raw_picture(path: Path, key: str) -> "Image | None":
+    """The picture of one sample of a raw shard, without reading the others; None if it is broken or not there."""
+    entry = next((e for e in tar_index(path).entries if e.key == key), None)
+    ext = next((x for x in IMAGE_EXTENSIONS if entry and x in entry.members), None)
+    if ext is None:
+        return None
+    with open(path, "rb") as file:
+        try:
+            return decode(read_member(file.fileno(), entry, ext))
+        except ValueError:
+            return None
 
 
 def encoded_sample(key: str, tensors: bytes | None, record: bytes | None) -> EncodedSample:

@@ -1,0 +1,99 @@
+"""Curate raw shards: score each picture and caption, drop what fails, and write an audit that shows what and why.
+
+Writes the kept samples, their scores in the record, and audit.json and audit.html. Run it again to go on.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+try:
+    from command_line import UserError, progress, run
+    from data_pipeline.stages import RECIPES
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Path = Path("runs/quick/data/raw")
+    """Folder of raw shards."""
+    out: Path = Path("runs/quick/data/curated")
+    """Folder for the kept samples."""
+    recipe: Literal["toy", "report"] = "toy"
+    """Stages and thresholds (data_pipeline/stages.py); toy takes pictures from 48 px on, report from 256 px on."""
+    stages: str = "1-3"
+    """Stages to run, as 1-3 or 1,3."""
+    workers: int = os.cpu_count() or 1
+    """Processes that score pictures."""
+    dry_run: bool = False
+    """Print the rules, do nothing."""
+
+
+def main(config: Config) -> None:
+    numbers = parse_numbers(config.stages)
+    stages = tuple(stage for stage in RECIPES[config.recipe] if stage.number in numbers)
+    if unknown := numbers - {stage.number for stage in stages}:
+        raise UserError(
+            f"the recipe {config.recipe} has no stage {min(unknown)}; it has 1-{len(RECIPES[config.recipe])}"
+        )
+    from data_pipeline.shard_stage import say_skipped, shards_as_inputs
+
+    inputs = shards_as_inputs(config.data, config.out)
+    if config.dry_run:
+        print(f"{len(inputs)} shards of {config.data} -> {config.out}")
+        for stage in stages:
+            print(f"stage {stage.number}, {stage.name}: {'; '.join(map(str, stage.rules))}")
+        return
+    from data_pipeline.curation import Curation
+
+    curation = Curation(config.data, config.out, stages, inputs)
+    score(curation, config.workers)
+    shards = curation.decide()
+    with progress(len(shards), "write", "shard") as bar:
+        written = curation.write(shards, bar.update)
+        bar.update(bar.total - bar.n)
+    result = write_audit(curation, shards)
+    say_skipped(written.records(), config.out)
+    print(f"kept {result['kept']} of {result['samples']} samples: {config.out}; audit: {config.out / 'audit.html'}")
+    if not result["kept"]:
+        raise UserError(f"every sample was dropped; see {config.out / 'audit.html'}")
+
+
+def parse_numbers(text: str) -> set[int]:
+    """{1, 2, 3, 5} from '1-3,5'; UserError if it is none such."""
+    try:
+        ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
+        return {n for first, *last in ends for n in range(first, (last or [first])[0] + 1)}
+    except ValueError:
+        raise UserError(f"--stages takes numbers as in 1-3 or 1,3, not {text!r}") from None
+
+
+def score(curation, workers: int) -> None:
+    """The first pass, with a progress bar over the samples of unfinished shards."""
+    from data_pipeline.tar_index import tar_index
+
+    pending = curation.scoring.pending()
+    total = sum(len(tar_index(curation.data / Path(name).with_suffix(".tar")).entries) for name in pending)
+    with progress(total, "score", "sample") as bar:
+        curation.score(workers, bar.update)
+
+
+def write_audit(curation, shards: dict) -> dict:
+    """Write audit.json and audit.html; returns the audit."""
+    from data_pipeline.atomic import atomic_file, write_json
+    from data_pipeline.audit import audit, audit_page
+    from data_pipeline.shards import raw_picture
+
+    result = audit(curation.stages, shards)
+    write_json(curation.out / "audit.json", result)
+    picture = lambda shard, key: raw_picture(curation.data / shard, key)  # noqa: E731
+    page = audit_page(result, shards, picture, f"Audit of {curation.data.name}")
+    with atomic_file(curation.out / "audit.html") as file:
+        file.write(page)
+    return result
+
+
+if __name__ == "__main__":
+    run(main, Config)

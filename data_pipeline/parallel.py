@@ -1,0 +1,50 @@
+"""A function over many items on all cores, the results in order."""
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def map_ordered(function: Callable[[A], B], items: Iterable[A], workers: int, chunk: int = 8) -> Iterator[B]:
+    """`function` of every item, in order, in `workers` processes (1: in this one), a bounded number of items ahead.
+
+    `function` and the items are sent to other processes, so both must pickle. ValueError if a process dies.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    if workers == 1:
+        yield from map(function, items)
+        return
+    items = iter(items)
+    with ProcessPoolExecutor(workers, initializer=_start) as pool:
+        pending: deque = deque()
+        try:
+            while True:
+                while len(pending) < 4 * workers and (some := list(islice(items, chunk))):
+                    pending.append(pool.submit(_each, function, some))
+                if not pending:
+                    return
+                yield from pending.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError("a worker process died (out of memory?); try fewer --workers") from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _start() -> None:
+    """Leave Ctrl-C to the parent, and the cores to the other processes."""
+    import cv2
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+
+
+def _each(function: Callable[[A], B], items: list[A]) -> list[B]:
+    return [function(item) for item in items]
