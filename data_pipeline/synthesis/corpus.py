@@ -99,5 +99,6 @@ def _passages_of(paragraph: str) -> Iterator[str]:
             if any(c.isalpha() for c in passage):
                 yield passage
     if has_chinese(paragraph):
-        yield from (c.strip(" “”‘’《》（）…") for c in _CLAUSE.split(paragraph) if c.strip(" “”‘’《》（）…"))
+        clauses = (clause.strip(" “”‘’《》（）…") for clause in _CLAUSE.split(paragraph))
+        yield from (clause for clause in clauses if has_chinese(clause))
     yield from (word for word in _WORD.findall(paragraph) if 3 <= len(word) <= 12)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.sample import RawSample
-from data_pipeline.synthesis import layouts, photos, pure, shapes_world
+from data_pipeline.synthesis import layouts, photos, pure, scenes, shapes_world
 from data_pipeline.synthesis.corpus import read_corpus
 from data_pipeline.synthesis.fonts import find_faces
 from data_pipeline.synthesis.picture import Picture, draw_size, generator, to_sample
@@ -28,6 +28,7 @@ _corpus = functools.cache(read_corpus)
 _templates = functools.cache(read_templates)
 _faces = functools.cache(find_faces)
 _views = functools.cache(photos.read_views)
+_places = functools.cache(scenes.read_places)
 
 
 def _text(rng: np.random.Generator, side: int, sources: Sources, passage: str | None) -> Picture:
@@ -48,14 +49,19 @@ def _layout(rng: np.random.Generator, side: int, sources: Sources, passage: None
     return layouts.make(rng, side, _templates(sources.templates), _corpus(sources.corpus), _faces(), _views())
 
 
+def _scene(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
+    return scenes.make(rng, side, _places(), _corpus(sources.corpus), _faces())
+
+
 KINDS: dict[str, Callable[[np.random.Generator, int, Sources, str | None], Picture]] = {
     "text": _text,
     "shapes": _shapes,
     "photo": _photo,
+    "scene": _scene,
     "layout": _layout,
 }
 """Each takes random numbers, the side in pixels, the sources and, for text, a passage that must be shown."""
-JPEG_QUALITY = {"photo": 92}
+JPEG_QUALITY = {"photo": 92, "scene": 92}
 """Kinds stored as JPEG; the others are PNG."""
 
 
@@ -79,10 +85,12 @@ class Recipe:
     def load(self) -> None:
         """Read what the kinds need, so that bad input is found at once and processes that fork share it."""
         kinds = {kind for kind, _ in self.weights}
-        if kinds & {"text", "layout"}:
+        if kinds & {"text", "scene", "layout"}:
             _corpus(self.sources.corpus), _faces()
         if kinds & {"photo", "layout"}:
             _views()
+        if "scene" in kinds:
+            _places()
         if "layout" in kinds:
             _templates(self.sources.templates)
 
