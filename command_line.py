@@ -126,7 +126,8 @@ def _convert(hint: Any, value: Any, default: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, default, where)
     if origin is tuple:
-        return tuple(value)
+        hints = args[:1] * len(value) if args[-1] is ... else args
+        return tuple(_convert(h, v, None, where) for h, v in zip(hints, value, strict=True))
     if hint is Path:
         return Path(value)
     if hint is float and isinstance(value, int):

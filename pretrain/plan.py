@@ -14,6 +14,7 @@ ACTIVATION_BYTES = 90
 def plan(config: StageConfig) -> str:
     """The lines that `--dry-run` prints. ValueError if the processes do not divide into the layout."""
     model, engine, parallel = config.model, config.engine, config.engine.parallel
+    sp = parallel.sp and parallel.tp > 1
     world, shards = int(os.environ.get("WORLD_SIZE", 1)), parallel.tp * parallel.cp
     if world % shards and world > 1:
         raise ValueError(f"{world} processes do not divide over tp {parallel.tp} x cp {parallel.cp}")
@@ -28,7 +29,7 @@ def plan(config: StageConfig) -> str:
     bf16 = engine.dtype == "bfloat16" or (engine.dtype == "auto" and config.preset != "tiny")
     size, here = (2 if bf16 else 4), parameters / parallel.tp
     tokens = min(config.max_tokens, -(-config.batch_size // dp) * (img + txt)) / (
-        parallel.cp * (parallel.tp if parallel.sp else 1)
+        parallel.cp * (parallel.tp if sp else 1)
     )
     layers = 1 if engine.recompute == "block" else model.num_layers
     kept = tokens * model.width * size * (model.num_layers * (engine.recompute == "block") * 2)
@@ -39,13 +40,12 @@ def plan(config: StageConfig) -> str:
         "moving average": 4 * here / (dp * parallel.cp),
         "activations, about": kept + tokens * model.width * layers * ACTIVATION_BYTES * size / 2,
     }
-    sp = " with sp" if parallel.sp else ""
     total = sum(memory.values()) / gib
     return "\n".join(
         [
             f"stage {config.res}: {config.preset}, {parameters:,} parameters, {config.loop.steps:,} steps of "
             f"{config.batch_size:,} samples of {img} image + about {txt} text tokens ({config.side_px} px squares)",
-            f"layout: {world} processes = tp {parallel.tp}{sp} x cp {parallel.cp} x dp {dp}",
+            f"layout: {world} processes = tp {parallel.tp}{' with sp' if sp else ''} x cp {parallel.cp} x dp {dp}",
             f"a step: {config.batch_size * (img + txt):,} tokens, {flops:.3g} FLOPs ({flops / world:.3g} a process); "
             f"the stage: {flops * config.loop.steps:.3g} FLOPs",
             f"memory a process: {total:.2f} GiB = "

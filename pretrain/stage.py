@@ -24,6 +24,7 @@ def main(config: StageConfig) -> None:
     config = with_data(config)
 
     from data_pipeline.loader import Loader
+    from pretrain.engine.checkpoint import list_checkpoints
     from pretrain.engine.step import Engine
     from pretrain.loop import train
     from pretrain.objective import VelocityMSE
@@ -41,7 +42,8 @@ def main(config: StageConfig) -> None:
                 f"{len(dataset)} samples of {', '.join(map(str, config.data))} -> {config.out}",
                 flush=True,
             )
-        fill_weights(engine, config.init, config.loop.seed)
+        if not list_checkpoints(run_folder.checkpoints):
+            fill_weights(engine, config.init, config.loop.seed)
         batches = Loader(
             dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
         )

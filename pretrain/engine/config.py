@@ -16,13 +16,11 @@ class ParallelConfig:
     cp: int = 1
     """Context-parallel size (Ulysses): tokens are split, heads are exchanged in attention."""
     sp: bool = False
-    """With tp > 1: split the tokens between the tensor-parallel regions too (sequence parallelism)."""
+    """Split the tokens between the tensor-parallel regions too (sequence parallelism); does nothing with tp 1."""
 
     def __post_init__(self):
         if self.tp < 1 or self.cp < 1:
             raise ValueError(f"tensor- and context-parallel sizes must be positive, got tp {self.tp}, cp {self.cp}")
-        if self.sp and self.tp == 1:
-            raise ValueError("sequence parallelism splits tokens over tensor-parallel ranks: sp needs tp > 1")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def start(parallel: ParallelConfig) -> Layout:
         tp_size=parallel.tp,
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel.cp,
-        sp=parallel.sp,
+        sp=parallel.sp and parallel.tp > 1,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),

@@ -1,0 +1,155 @@
+"""pretrain/stage.py as a user runs it: on its flags, on bad input, on its own and another run's checkpoints."""
+
+import json
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from worlds import run_world
+
+from command_line import from_dict, read_toml
+from data_pipeline.sample import EncodedSample
+from data_pipeline.shards import shard_name, write_encoded
+from pretrain.engine.checkpoint import list_checkpoints
+from pretrain.recipes import STAGES, StageConfig, recipe
+from pretrain.run_folder import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_data(folder: Path, side_px: int, width: int = 128) -> Path:
+    """An encoded data set of noise in three aspect ratios."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(side_px)
+    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    side = side_px // 8
+    sizes = [(side, side), (side - 2, side + 2), (side + 2, side - 2)]
+    samples = [
+        EncodedSample(f"k{i}", normal(16, 1, *sizes[i % 3]), normal(3 + i, width).bfloat16(), meta={"caption": f"{i}"})
+        for i in range(10)
+    ]
+    write_encoded(folder / shard_name(0), samples)
+    save_file({"txt": normal(2, width).bfloat16()}, folder / "empty.safetensors")
+    fingerprint = {"vae": "v", "text_encoder": "t", "template": "m", "resolution": side_px}
+    (folder / "dataset.json").write_text(json.dumps({"fingerprint": fingerprint}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folders = {side: tmp_path_factory.mktemp(f"data{side}") for side in (64, 96)}
+    return {side: make_data(folder, side) for side, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vae.autoencoder import PRESETS, VAE
+
+    folder = tmp_path_factory.mktemp("components")
+    torch.manual_seed(0)
+    VAE(PRESETS["tiny"]).save(folder)
+    return folder
+
+
+def entry(rank: int, arguments: list[str], environment: dict[str, str] | None = None) -> tuple[object, str, str]:
+    """(exit status, stdout, stderr) of the script, run in this process."""
+    import os
+
+    os.environ.update(environment or {})
+    sys.argv = [str(ROOT / "pretrain/stage.py"), *arguments]
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            status: object = 0
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def stage(*arguments: object, ranks: int = 1) -> tuple[object, str, str]:
+    return run_world(ranks, entry, [str(a) for a in arguments])[0]
+
+
+def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ["--batch-size", 4, "--save-every", 2, "--components", components, "--sample-every", 2]
+    status, out, err = stage("--data", data[64], "--out", first, "--steps", 3, *common)
+    assert status == 0, err
+    [line] = out.splitlines()
+    assert "tiny MMDiT (8,208,576 parameters)" in line and "stage 256 at 64 px" in line and str(data[64]) in line
+    assert sorted(p.name for p in (first / "samples").iterdir()) == ["step_00000002.png", "step_00000003.png"]
+    assert Image.open(first / "samples" / "step_00000003.png").height == 80
+    assert [row["step"] for row in read_metrics(first)] == [1, 2, 3]
+    assert list((first / "tensorboard").iterdir())
+
+    # config.toml takes the run back; a longer one goes on where this one ended.
+    config = from_dict(StageConfig, read_toml(first / "config.toml"))
+    assert config.data == (data[64],) and config.loop.steps == 3 and config.engine == recipe(256).engine
+    status, _, err = stage("--config", first / "config.toml", "--steps", 4)
+    assert status == 0, err
+    assert [row["step"] for row in read_metrics(first)] == [1, 2, 3, 4]
+
+    arguments = ["--res", 640, "--data", data[96], "--init", first, "--out", second, "--steps", 2]
+    status, _, err = stage(*arguments, "--tp", 2, "--sp", *common, ranks=2)
+    assert status == 0, err
+    assert list_checkpoints(second / "checkpoints")[0].name == "step_00000002"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--res", "512"], "there is no stage 512; stages are 256, 640, 1328"),
+        (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["--res", "640", "--data", "DATA"], "was encoded at 64 px, stage 640 of preset tiny trains at 96 px"),
+        (["--preset", "small", "--dtype", "float32", "--data", "WIDE"], "text states of width 128, preset small takes"),
+        (["--data", "DATA", "--tp", "2", "--out", "OUT"], "1 processes do not divide over tp 2 x cp 1"),
+        (["--data", "DATA", "--out", "OUT", "--init", "DATA"], "is no diffusers folder"),
+        (["--data", "DATA", "--out", "OUT", "--max-tokens", "20"], "raise max_tokens"),
+        (["--preset", "qwen-image"], "preset qwen-image needs --data"),
+    ],
+)
+def test_bad_input_is_one_clear_line(data: dict, tmp_path: Path, arguments: list[str], words: str):
+    wide = make_data(tmp_path / "wide", 256) if "WIDE" in arguments else ""
+    places = {"DATA": str(data[64]), "OUT": str(tmp_path / "out"), "WIDE": str(wide)}
+    status, _, err = stage(*[places.get(a, a) for a in arguments])
+    message = status if isinstance(status, str) else err
+    assert status != 0 and words in message and len(message.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("out/checkpoints/*"))
+
+
+def test_a_run_of_another_model_is_refused(data: dict, tmp_path: Path):
+    status, _, err = stage("--data", data[64], "--out", tmp_path, "--steps", 1, "--batch-size", 2)
+    assert status == 0, err
+    state = tmp_path / "checkpoints" / "step_00000001" / "state.json"
+    assert json.loads(state.read_text())["model"]["num_layers"] == 6
+    wide = make_data(tmp_path / "wide", 256, width=3584)
+    status, _, err = stage("--preset", "small", "--data", wide, "--init", tmp_path, "--out", tmp_path / "other")
+    assert status == 2 and "is of another model: num_layers is 6 there, 10 here" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_settings_import_no_torch():
+    code = "import sys, pretrain.recipes, pretrain.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_plan_of_the_large_model():
+    status, out, _ = stage("--res", 1328, "--preset", "qwen-image", "--dry-run")
+    assert status == 0
+    assert "20,430,401,088 parameters" in out and "6889 image" in out and "tp 4 with sp x cp 1 x dp 1" in out
+
+
+def test_recipes_are_what_they_say():
+    assert list(STAGES) == [256, 640, 1328]
+    for res in STAGES:
+        assert recipe(res, "qwen-image").res == recipe(res, "small").res == recipe(res, "tiny").res == res
+        assert recipe(res, "tiny").side_px % 16 == 0 and recipe(res, "small").side_px == res
+    with pytest.raises(ValueError, match="stages are"):
+        recipe(512)
