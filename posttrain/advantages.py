@@ -3,6 +3,8 @@
 Shape legend: P prompts, G pictures of each.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,11 @@ def group_advantages(rewards: Tensor, std: Tensor | None = None, clip: float = 5
     return ((rewards - rewards.mean(dim=1, keepdim=True)) / (std + EPS)).clamp(-clip, clip).float()
 
 
-def batch_std(rewards: Tensor) -> Tensor:
-    """Standard deviation of all rewards of an update about their common mean, fp32 scalar: [P, G] of every rank."""
-    return rewards.float().std(correction=0)
+def batch_std(rewards: Tensor, all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """Standard deviation of all rewards of an update about their common mean, fp64 scalar.
+
+    `rewards` are this rank's; `all_reduce` adds the sums of all ranks.
+    """
+    r = rewards.double()
+    n, total, squares = all_reduce(torch.stack([torch.ones_like(r).sum(), r.sum(), (r**2).sum()]))
+    return (squares / n - (total / n) ** 2).clamp_min(0).sqrt()

@@ -93,6 +93,11 @@ class FlowGRPO:
     clip: float
     beta: float
 
+    def clip_range(self, step: Transition) -> Tensor:
+        """The clip range [S] of each picture's ratio."""
+        elements = torch.tensor(step.guidance.lengths, device=step.x.device) * step.x.shape[1]
+        return self.clip / elements.sqrt()
+
     def prepare(self, batch: list[Transition], rng: Randomness, frozen: Frozen, align: int) -> ModelInputs:
         (step,) = batch
         inputs = step.inputs()
@@ -101,9 +106,7 @@ class FlowGRPO:
     def loss(self, output: Tensor, batch: list[Transition], inputs: ModelInputs) -> tuple[Tensor, float, Metrics]:
         (step,) = batch
         mean, std = step.moments(output)
-        log_ratio = step.mean_log_prob(mean, std) - step.log_prob
-        elements = torch.tensor(step.guidance.lengths, device=mean.device) * mean.shape[1]
-        clip = self.clip / elements.sqrt()
+        log_ratio, clip = step.log_ratio(mean, std), self.clip_range(step)
         losses = clipped_ratio_loss(log_ratio, step.advantage, clip)
         moved = (log_ratio.detach().exp() - 1).abs() / clip
         metrics = {"ratio_deviation": moved.sum(), "clipped": (moved > 1).float().sum()}
@@ -112,4 +115,5 @@ class FlowGRPO:
             kl = step.per_picture((mean - reference_mean) ** 2 / (2 * std**2))
             losses = losses + self.beta * kl
             metrics["kl"] = kl.detach().sum()
+        metrics |= {name: score.sum() for name, score in step.scores.items()}
         return losses.sum(), float(len(losses)), {"loss": losses.detach().sum(), **metrics}

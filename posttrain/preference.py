@@ -5,7 +5,7 @@ KEY-lose. Pairs are drawn from a model and judged by a reward (`draw_pairs`), or
 (`encode_pairs`).
 """
 
-import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.atomic import write_json
 from data_pipeline.encoding import Encoder
 from data_pipeline.loader import EncodedDataset
 from data_pipeline.pictures import decode, fit
@@ -23,15 +24,17 @@ from data_pipeline.sample import EncodedSample
 from data_pipeline.shards import shard_name, write_encoded
 from data_pipeline.tar_index import tar_index
 from model.sampler import sample
-from model.text_to_image import PIXELS_PER_LATENT, TextToImage
+from model.text_to_image import PIXELS_PER_LATENT, TextToImage, to_uint8
 from posttrain.prompts import Prompt
 from pretrain.randomness import Randomness
 
 if TYPE_CHECKING:
     from posttrain.rewards import Reward
+    from pretrain.engine.step import Engine
 
-PROMPTS_PER_SHARD = 16
-"""Prompts (or pairs of pictures) that are drawn and written together: what an interruption costs."""
+ITEMS_PER_SHARD = 16
+"""Prompts, or judged pairs, whose pairs are made and written together: what an interruption costs."""
+SETTINGS = "pairs.json"
 _PICTURE = re.compile(r"(?P<key>.+)\.(?P<side>win|lose)\.(png|jpg|jpeg|webp)")
 
 
@@ -108,7 +111,7 @@ class PairDrawing:
         latents = sample(
             self.artist.velocity, [condition] * self.pictures, noise, self.steps, self.cfg_scale, self.artist.align
         )
-        images = [self.artist.decode(latent) for latent in latents]
+        images = [to_uint8(self.artist.decode(latent)) for latent in latents]
         rewards = self.reward(images, [prompt.text] * self.pictures, [prompt.metadata] * self.pictures)["reward"]
         if (chosen := best_and_worst(rewards, self.min_gap)) is None:
             return
@@ -118,29 +121,56 @@ class PairDrawing:
             yield EncodedSample(f"{prompt.key}-{name}", latent, txt, meta=meta)
 
 
-def write_shards(
-    folder: Path, items: list, make: Callable[[Any], Iterator[EncodedSample]], wanted: int | None,
-    rank: int = 0, ranks: int = 1, write: bool = True, done: Callable[[int], None] = lambda pairs: None,
-) -> int:  # fmt: skip
+def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether `write_pairs` has finished a folder; ValueError if other settings than these began it."""
+    if (folder / SETTINGS).is_file():
+        there = json.loads((folder / SETTINGS).read_text())
+        if differences := [f"{n}: {there.get(n)} there, {v} here" for n, v in settings.items() if there.get(n) != v]:
+            raise ValueError(
+                f"the pairs in {folder} were made otherwise ({'; '.join(differences)}); delete that folder"
+            )
+    return (folder / "dataset.json").is_file()
+
+
+def write_pairs(
+    folder: Path,
+    settings: dict[str, Any],
+    items: list[Any],
+    make: Callable[[Any], Iterator[EncodedSample]],
+    wanted: int,
+    encoder: Encoder,
+    engine: "Engine",
+    show: Callable[[int], None],
+) -> int:
     """Write the pairs that `make` yields for each item until there are `wanted`; returns how many there are.
 
-    Finished shards are kept, so an interrupted call goes on. Ranks take turns; peers of a rank that share its work
-    call with write=False. `done` is told the pairs so far. Ranks share the file system.
+    Data-parallel ranks take shards of `ITEMS_PER_SHARD` items in turns; their peers work along and do not write. A
+    finished shard is kept, so that an interrupted call goes on. Which pairs come first does not depend on the number of
+    ranks. `show` is told how many there are so far. With any pairs, the folder becomes an encoded data set.
     """
-    shards = [items[i : i + PROMPTS_PER_SHARD] for i in range(0, len(items), PROMPTS_PER_SHARD)]
+    layout = engine.layout
+    writes = layout.tp_rank == layout.cp_rank == 0
+    if engine.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, settings)
+    torch.distributed.barrier()
+    shards = [items[i : i + ITEMS_PER_SHARD] for i in range(0, len(items), ITEMS_PER_SHARD)]
     found = 0
-    for first in range(0, len(shards), ranks):
-        turn = range(first, min(first + ranks, len(shards)))
-        if first + rank in turn and not (path := folder / shard_name(first + rank)).exists():
-            samples = list(itertools.chain.from_iterable(map(make, shards[first + rank])))
-            if write:
-                write_encoded(path, samples)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+    for first in range(0, len(shards), engine.dp_size):
+        mine = first + engine.dp_rank
+        if mine < len(shards) and not (folder / shard_name(mine)).exists():
+            samples = [sample for item in shards[mine] for sample in make(item)]
+            if writes:
+                write_encoded(folder / shard_name(mine), samples)
+        torch.distributed.barrier()
+        turn = range(first, min(first + engine.dp_size, len(shards)))
         found += sum(len(tar_index(folder / shard_name(i)).entries) // 2 for i in turn)
-        done(found)
-        if wanted is not None and found >= wanted:
+        show(found)
+        if found >= wanted:
             break
+    if found and engine.rank == 0:
+        encoder.write_description(folder)
+    torch.distributed.barrier()
     return found
 
 

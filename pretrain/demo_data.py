@@ -1,4 +1,4 @@
-"""The data that an entry takes when it is given none: the demo's pictures and its tiny networks, made if missing."""
+"""What an entry takes when it is given nothing: the demo's pictures and tiny networks, made if missing."""
 
 import os
 import subprocess
@@ -6,9 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+from pretrain.recipes import TOYS
+
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("runs/demo-data")
 COMPONENTS = FOLDER / "components"
+MODEL = FOLDER / "pretrain-256"
 
 
 def demo_data(side_px: int) -> tuple[Path, Path]:
@@ -25,6 +28,17 @@ def demo_data(side_px: int) -> tuple[Path, Path]:
         while not (encoded / "dataset.json").exists():
             time.sleep(1)
     return encoded, COMPONENTS
+
+
+def demo_model(make: bool = True) -> Path:
+    """Run of a tiny model that was pretrained for a few steps on the demo's pictures; by default made if missing."""
+    trained = MODEL / "checkpoints" / f"step_{TOYS[256].loop.steps:08d}"
+    if make and not trained.exists():
+        if os.environ.get("RANK", "0") == "0":
+            _run("pretrain/stage.py", "--res", 256, "--preset", "tiny", "--out", MODEL)
+        while not trained.exists():
+            time.sleep(1)
+    return MODEL
 
 
 def _run(script: str, *arguments: object) -> None:

@@ -4,7 +4,7 @@ A reward is a callable `(images: list of uint8 [H, W, 3], prompts, metadata) -> 
 never the judge of what it trained (see evaluation/).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 REWARDS = {
     "shapes": "posttrain.rewards.shapes:ShapesReward",
+    "shapes_soft": "posttrain.rewards.shapes:ShapesReward",
     "ocr": "posttrain.rewards.ocr:OCRReward",
 }
+"""name of a score -> the class that gives it."""
 
 
 def make_reward(name: str) -> "Reward":
-    """The reward of this name; ValueError if there is none."""
+    """The reward that gives the score of this name; ValueError if there is none."""
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; known are {', '.join(REWARDS)}")
     module, cls = REWARDS[name].split(":")
@@ -29,12 +31,18 @@ def make_reward(name: str) -> "Reward":
 
 
 class WeightedRewards:
-    """Weighted sum of several rewards; {"reward": the sum, and every term under its own name}."""
+    """Weighted sum of scores, given as NAME or NAME=WEIGHT; {"reward": the sum, and every score under its own name}."""
 
-    def __init__(self, weights: dict[str, float]):
-        if not weights:
+    def __init__(self, terms: Iterable[str]):
+        self.terms = []
+        for term in terms:
+            name, _, weight = term.partition("=")
+            try:
+                self.terms.append((name, float(weight or 1), make_reward(name)))
+            except ValueError as error:
+                raise ValueError(f"--rewards {term}: {error}") from None
+        if not self.terms:
             raise ValueError(f"no reward given; known are {', '.join(REWARDS)}")
-        self.terms = [(name, weight, make_reward(name)) for name, weight in weights.items()]
 
     def __call__(self, images: "list[np.ndarray]", prompts: list[str], metadata: list[dict]) -> "dict[str, Tensor]":
         total, scores = 0.0, {}

@@ -1,0 +1,63 @@
+"""The entries as a user runs them, on a small model: kills, ranks, what they refuse."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import run_entry
+from worlds import run_world, start
+
+from pretrain.engine.checkpoint import read_weights
+from pretrain.run_folder import read_metrics
+
+GRPO = {"prompts_per_update": 2, "group": 3, "sampling_steps": 4, "window": 0, "cfg_scale": 2.0, "beta": 0.01}
+DPO = {"num_pairs": 20, "pictures": 3, "sampling_steps": 3, "min_gap": 1e-5, "batch_size": 4}
+
+
+def entry(rank, name, steps, save_every, settings):
+    run_entry(rank, name, steps, save_every, **settings)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert read_metrics(a) == read_metrics(b)
+    for ema in (False, True):
+        (_, one), (_, other) = read_weights(a, ema), read_weights(b, ema)
+        assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def killed(name: str, steps: int, settings: dict, moments) -> None:
+    """Begin the run again and again, killing it as soon as `moment()` holds."""
+    for moment in moments:
+        process, result = start(entry, 0, name, steps, 2, settings)
+        while process.is_alive() and not moment():
+            time.sleep(0.002)
+        assert process.is_alive(), result.recv()[0]
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("name, steps, settings", [("flow_grpo", 4, GRPO), ("dpo", 10, DPO)])
+def test_a_killed_run_ends_as_if_it_had_not_been(name, steps, settings, init, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_world(1, entry, name, steps, 2, settings | {"init": init, "out": whole})
+    rows = lambda: len((cut / "metrics.jsonl").read_bytes().splitlines()) if (cut / "metrics.jsonl").exists() else 0  # noqa: E731
+    moments = [lambda: rows() >= 1, lambda: rows() >= 3]
+    if name == "dpo":
+        moments.insert(0, lambda: (cut / "pairs" / "shard-000000.tar").exists())
+    killed(name, steps, settings | {"init": init, "out": cut}, moments)
+    run_world(1, entry, name, steps, 2, settings | {"init": init, "out": cut})
+    assert_same_run(whole, cut)
+    assert read_metrics(whole)[-1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name, settings", [("flow_grpo", GRPO | {"advantage_std": "batch"}), ("dpo", DPO)])
+def test_two_ranks_do_what_one_does(name, settings, init, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_world(1, entry, name, 2, 2, settings | {"init": init, "out": one})
+    run_world(2, entry, name, 2, 2, settings | {"init": init, "out": two})
+    for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    (_, a), (_, b) = read_weights(one), read_weights(two)
+    for n in a:
+        torch.testing.assert_close(a[n], b[n], rtol=1e-4, atol=2e-5)

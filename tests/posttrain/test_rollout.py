@@ -1,0 +1,209 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from model.config import MMDiTConfig
+from model.flow import schedule
+from model.mmdit import MMDiT
+from model.packing import patchify
+from model.sampler import Condition, Guidance, sample
+from posttrain.objectives import FlowGRPO, clipped_ratio_loss
+from posttrain.rollout import random_steps, rollout
+from pretrain.randomness import Randomness
+
+CONFIG = MMDiTConfig(2, 2, 16, joint_attention_dim=8, in_channels=16, out_channels=4, axes_dims_rope=(4, 6, 6))
+STEPS = 5
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def model(seed=0):
+    net = MMDiT(CONFIG)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return net
+
+
+def guidance(cfg_scale=3.0, sizes=((1, 2, 3), (1, 2, 2))):
+    conditions = [Condition(randn(3 + i, 8, seed=i), randn(2, 8, seed=9)) for i in range(len(sizes))]
+    return Guidance(conditions, list(sizes), cfg_scale)
+
+
+def noise(sizes=((1, 2, 3), (1, 2, 2))):
+    return [randn(4, f, 2 * h, 2 * w, seed=20 + i) for i, (f, h, w) in enumerate(sizes)]
+
+
+def draw(picture, step, shape):
+    return Randomness(0).normal(f"p{picture}", 0, "sde", shape, draw=step)
+
+
+def roll(net, kind="flow-grpo", cfg_scale=3.0, level=0.7, random=range(STEPS - 1)):
+    return rollout(net, guidance(cfg_scale), noise(), draw, STEPS, random, level, kind)
+
+
+def grpo(net, reference, transition, clip=1.0, beta=0.0):
+    objective = FlowGRPO(clip=clip, beta=beta)
+    with torch.no_grad():
+        inputs = objective.prepare([transition], Randomness(0), lambda name, x: {"reference": reference}[name](x), 16)
+    return objective.loss(net(inputs), [transition], inputs)
+
+
+def test_without_random_steps_it_is_the_sampler():
+    net, g = model(), guidance()
+    conditions = [Condition(randn(3 + i, 8, seed=i), randn(2, 8, seed=9)) for i in range(2)]
+    latents, transitions = rollout(net, g, noise(), draw, STEPS, (), 0.7)
+    assert transitions == []
+    for a, b in zip(latents, sample(net, conditions, noise(), STEPS, 3.0), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["flow-grpo", "cps"])
+def test_log_prob_is_that_of_torch_distributions(kind):
+    """The drawn noise itself gives an independent value of every step's density."""
+    net = model()
+    _, transitions = roll(net, kind)
+    assert len(transitions) == STEPS - 1
+    for k, t in enumerate(transitions):
+        with torch.no_grad():
+            mean, std = t.moments(net(t.inputs()))
+        for i, (piece, s) in enumerate(zip(t.guidance.split(t.x_next), t.guidance.split(std), strict=True)):
+            eps = draw(i, k, tuple(piece.shape))
+            wanted = (Normal(0.0, 1.0).log_prob(eps) - s.log()).mean()
+            torch.testing.assert_close(t.log_prob[i], wanted, rtol=1e-4, atol=1e-4)
+            m = t.guidance.split(mean)[i]
+            torch.testing.assert_close(t.log_prob[i], Normal(m, s.expand_as(m)).log_prob(piece).mean())
+
+
+def test_steps_follow_the_papers_sde():
+    """Mean and std of Flow-GRPO's Eq. 9 written out for one picture, sigma = 1 taken as the second level."""
+    net = model()
+    g, x = guidance(1.0, ((1, 2, 3),)), patchify(noise()[0])
+    sigmas = schedule(STEPS, 6).double()
+    _, transitions = rollout(net, g, noise()[:1], draw, STEPS, range(STEPS - 1), 0.7)
+    for k, t in enumerate(transitions):
+        torch.testing.assert_close(t.x, x)
+        with torch.no_grad():
+            v = net(t.inputs()).double()
+        s, dt = sigmas[k], sigmas[k + 1] - sigmas[k]
+        rate = 0.7 * math.sqrt(s / (1 - (sigmas[1] if s == 1 else s)))
+        drift = v + rate**2 / (2 * s) * (x.double() + (1 - s) * v)
+        x = (x.double() + drift * dt + rate * math.sqrt(-dt) * draw(0, k, tuple(x.shape)).double()).float()
+        torch.testing.assert_close(t.x_next, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flow-grpo", "cps"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_on_policy_ratio_is_exactly_one(kind, cfg_scale):
+    net = model()
+    for t in roll(net, kind, cfg_scale)[1]:
+        with torch.enable_grad():
+            mean, std = t.moments(net(t.inputs()))
+        assert torch.equal(t.mean_log_prob(mean, std), t.log_prob)
+        _, _, metrics = grpo(net, None, t)
+        assert metrics["ratio_deviation"].item() == 0.0 and metrics["clipped"].item() == 0.0
+
+
+def test_on_policy_gradient_is_that_of_reinforce():
+    """At ratio 1 the gradient of the loss is -A grad log p, here with torch.distributions' log-density."""
+    net = model()
+    t = replace(roll(net)[1][1], advantage=torch.tensor([1.5, -0.5]))
+    loss, weight, _ = grpo(net, None, t)
+    loss.backward()
+    got = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    mean, std = t.moments(net(t.inputs()))
+    density = Normal(mean, std.expand_as(mean)).log_prob(t.x_next)
+    (-sum(a * d.mean() for a, d in zip(t.advantage, t.guidance.split(density), strict=True))).backward()
+    assert weight == 2.0 and got
+    for name, p in net.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item() + 1e-8)
+
+
+def test_gradient_flows_through_both_branches_of_guidance():
+    net = model()
+    t = replace(roll(net)[1][0], advantage=torch.ones(2))
+    inputs = replace(t.inputs(), txt=t.inputs().txt.clone().requires_grad_())
+    loss, _, _ = FlowGRPO(clip=1.0, beta=0.0).loss(net(inputs), [t], inputs)
+    (grad,) = torch.autograd.grad(loss, inputs.txt)
+    positive, negative = grad[:7], grad[7:11]
+    assert positive.abs().max() > 0 and negative.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["flow-grpo", "cps"])
+def test_kl_is_that_of_the_two_steps(kind):
+    policy, reference = model(0), model(1)
+    for t in roll(policy, kind)[1]:
+        loss, weight, metrics = grpo(policy, reference, t, beta=0.3)
+        with torch.no_grad():
+            (m, s), (m_ref, s_ref) = (t.moments(net(t.inputs())) for net in (policy, reference))
+        wanted = kl_divergence(Normal(m, s.expand_as(m)), Normal(m_ref, s_ref.expand_as(m)))
+        wanted = sum(piece.mean() for piece in t.guidance.split(wanted))
+        torch.testing.assert_close(metrics["kl"], wanted)
+        torch.testing.assert_close(loss.detach(), 0.3 * wanted)  # advantages are 0
+
+
+def test_kl_equals_its_velocity_form():
+    """|dt|/2 (s (1 - sigma) / (2 sigma) + 1/s)^2 |v - v_ref|^2 (arXiv 2505.05470, section 4.2)."""
+    policy, reference = model(0), model(1)
+    for t in roll(policy, cfg_scale=1.0)[1]:
+        _, _, metrics = grpo(policy, reference, t, beta=1.0)
+        with torch.no_grad():
+            dv = t.guidance.split(policy(t.inputs()) - reference(t.inputs()))
+        total = 0.0
+        for i, d in enumerate(dv):
+            sigma, dt = t.sigma[i], t.sigma_next[i] - t.sigma[i]
+            s = 0.7 * (sigma / (1 - (t.sigma_max[i] if sigma == 1 else sigma))).sqrt()
+            total += -dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2 * (d**2).mean()
+        torch.testing.assert_close(metrics["kl"], total, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_is_ppos():
+    log_ratio = torch.tensor([0.3, -0.3, 0.05, 0.3, -0.3]).log1p().requires_grad_()
+    advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0])
+    losses = clipped_ratio_loss(log_ratio, advantage, 0.1)
+    torch.testing.assert_close(losses, torch.tensor([-1.1, -0.7, -1.05, 1.3, 0.9]))
+    (grad,) = torch.autograd.grad(losses.sum(), log_ratio)
+    torch.testing.assert_close(grad, torch.tensor([0.0, -0.7, -1.05, 1.3, 0.0]))
+
+
+def test_ratio_moves_with_the_policy_by_the_stated_unit():
+    """For a small change of the policy the log ratio's spread is sqrt(2 KL / D): why clip scales with 1/sqrt(D)."""
+    net = model()
+    _, transitions = rollout(net, guidance(1.0, ((1, 16, 16),) * 8), noise(((1, 16, 16),) * 8), draw, STEPS, (1,), 0.7)
+    (t,) = transitions
+    other = model()
+    with torch.no_grad():
+        other.output.proj.bias += 0.01
+        mean, std = t.moments(other(t.inputs()))
+        old, _ = t.moments(net(t.inputs()))
+        log_ratio = t.mean_log_prob(mean, std) - t.log_prob
+        kl = t.per_picture((mean - old) ** 2 / (2 * std**2))
+    elements = 16 * 16 * CONFIG.in_channels
+    z = (log_ratio + kl) / (2 * kl / elements).sqrt()
+    assert z.abs().max() < 4 and 0.3 < z.std() < 2
+
+
+def test_window_lies_in_the_first_half_and_the_last_step_is_never_random():
+    assert random_steps(10, 0, 0.5) == range(9)
+    places = {random_steps(10, 2, u / 100) for u in range(100)}
+    assert places == {range(i, i + 2) for i in range(4)}
+    assert random_steps(3, 2, 0.99) == range(2)
+    for window in (-1, 10, 11):
+        with pytest.raises(ValueError, match="random steps"):
+            random_steps(10, window, 0.0)
+
+
+def test_a_picture_depends_on_its_own_draws_alone():
+    net = model()
+    whole, _ = roll(net)
+    conditions = [Condition(randn(3, 8, seed=0), randn(2, 8, seed=9))]
+    alone, _ = rollout(net, Guidance(conditions, [(1, 2, 3)], 3.0), noise()[:1], draw, STEPS, range(STEPS - 1), 0.7)
+    torch.testing.assert_close(alone[0], whole[0], rtol=1e-4, atol=1e-5)
