@@ -147,7 +147,7 @@ class Curation:
         for sample, verdict in zip(read_raw(self.data / name, lambda problem: None), verdicts, strict=True):
             if verdict.dropped_by is None:
                 meta = sample.meta | {"scores": sample.meta.get("scores", {}) | verdict.scores}
-                yield RawSample(sample.key, sample.image, sample.ext, meta)
+                yield replace(sample, meta=meta)
 
     def _scores(self, name: str) -> dict:
         record = self.scoring.record(self._thumbnails(name).name)

@@ -3,6 +3,7 @@
 On disk a sample is a group of webdataset tar members that share a key:
 
     raw       KEY.jpg|png   the picture as it came        KEY.json   its record (see `RawSample.meta`)
+              KEY.reference.0.png ... and KEY.mask.png for a picture that is the result of an edit
     encoded   KEY.safetensors   tensors of `EncodedSample`   KEY.json   record, bucket
 
 An encoded data set is a folder of such tars with `dataset.json` (see `Fingerprint`) and `empty.safetensors` (the empty
@@ -28,7 +29,12 @@ class RawSample:
     """jpg or png."""
     meta: dict
     """caption (str, required) · source (shapes, text, photo, user ...) · width, height (pixels) · scores {filter:
-    number} · geneval (GenEval metadata, for pictures whose content is known) · lines [{text, box [x0, y0, x1, y1]}]."""
+    number} · geneval (GenEval metadata, for pictures whose content is known) · lines [{text, box [x0, y0, x1, y1]}] ·
+    edit {operation, of, before, after}."""
+    references: list[bytes] = field(default_factory=list)
+    """PNG files of the pictures that an edit began with; `caption` is then its instruction."""
+    mask: bytes | None = None
+    """PNG file, one channel: 255 where the edit changes the first reference."""
 
 
 @dataclass

@@ -153,7 +153,9 @@ def _record(key: str, meta: dict) -> bytes:
 def _raw_members(sample: RawSample) -> dict:
     if sample.ext not in IMAGE_EXTENSIONS:
         raise ValueError(f"{sample.key}: pictures are jpg or png, not {sample.ext}")
-    return {"__key__": sample.key, sample.ext: sample.image, "json": _record(sample.key, sample.meta)}
+    members = {"__key__": sample.key, sample.ext: sample.image, "json": _record(sample.key, sample.meta)}
+    members |= {f"reference.{i}.png": reference for i, reference in enumerate(sample.references)}
+    return members if sample.mask is None else members | {"mask.png": sample.mask}
 
 
 def _encoded_members(sample: EncodedSample) -> dict:
@@ -179,7 +181,10 @@ def _raw_sample(key: str, members: dict) -> RawSample:
         raise ValueError(f"broken record: {error}") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("caption"), str):
         raise ValueError("its record has no caption")
-    return RawSample(key, members[ext], ext, meta)
+    references = [members.get(f"reference.{i}.png") for i in range(sum(n.startswith("reference.") for n in members))]
+    if None in references:
+        raise ValueError("a reference is missing")
+    return RawSample(key, members[ext], ext, meta, references, members.get("mask.png"))
 
 
 def read_members(path: Path, report: OnProblem) -> Iterator[dict]:

@@ -1,14 +1,14 @@
-"""Make synthetic training pictures with captions, as shards: text in real fonts, layouts, shapes, photographs.
+"""Make synthetic training pictures with captions, as shards: text, scenes, layouts, shapes, photographs, edit pairs.
 
 Every sample is a function of the seed and its index: any number of workers writes the same bytes, and a run that was
 interrupted goes on when it is started again.
 """
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, starmap
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 try:
@@ -45,8 +45,9 @@ class Config:
 
 
 def main(config: Config) -> None:
+    from data_pipeline.parallel import map_ordered
     from data_pipeline.shards import shard_name, write_raw
-    from data_pipeline.synthesis.kinds import Recipe, Sources, parse_kinds
+    from data_pipeline.synthesis.kinds import Recipe, Sources, make_job, parse_kinds
 
     if min(config.count, config.shard_size, config.workers) < 1:
         raise UserError("--count, --shard-size and --workers must be at least 1")
@@ -68,7 +69,7 @@ def main(config: Config) -> None:
     _require_same(config)
     passages = recipe.passages(config.count, config.min_occurrences) if config.min_occurrences else {}
     jobs = ((i, passages.get(i)) for indices in todo.values() for i in indices)
-    samples = _map_ordered(recipe, jobs, config.workers)
+    samples = map_ordered(partial(make_job, recipe), jobs, config.workers)
     with progress(config.count, "synthesize", "sample", done=config.count - left) as bar:
         for path, indices in todo.items():
             write_raw(path, _count(islice(samples, len(indices)), bar))
@@ -96,43 +97,6 @@ def _count(samples: Iterable, bar) -> Iterator:
     for sample in samples:
         yield sample
         bar.update()
-
-
-def _map_ordered(recipe, jobs: Iterator[tuple], workers: int, chunk: int = 8) -> Iterator:
-    """`recipe.make(*job)` of every job, in order, a bounded number of them ahead."""
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    if workers == 1:
-        yield from starmap(recipe.make, jobs)
-        return
-    with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
-        pending: deque = deque()
-        try:
-            while True:
-                while len(pending) < 4 * workers and (some := list(islice(jobs, chunk))):
-                    pending.append(pool.submit(_make_some, recipe, some))
-                if not pending:
-                    return
-                yield from pending.popleft().result()
-        except BrokenProcessPool:
-            raise UserError("a worker process died (out of memory?); try fewer --workers") from None
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _start_worker() -> None:
-    import signal
-
-    import cv2
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(1)
-
-
-def _make_some(recipe, jobs: list[tuple]) -> list:
-    return list(starmap(recipe.make, jobs))
 
 
 if __name__ == "__main__":

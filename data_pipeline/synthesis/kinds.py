@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.sample import RawSample
-from data_pipeline.synthesis import layouts, photos, pure, scenes, shapes_world
+from data_pipeline.synthesis import edits, layouts, photos, pure, scenes, shapes_world
 from data_pipeline.synthesis.corpus import read_corpus
 from data_pipeline.synthesis.fonts import find_faces
 from data_pipeline.synthesis.picture import Picture, draw_size, generator, to_sample
@@ -53,12 +53,17 @@ def _scene(rng: np.random.Generator, side: int, sources: Sources, passage: None)
     return scenes.make(rng, side, _places(), _corpus(sources.corpus), _faces())
 
 
+def _edit(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
+    return edits.make(rng, side, _corpus(sources.corpus), _faces(), _places())
+
+
 KINDS: dict[str, Callable[[np.random.Generator, int, Sources, str | None], Picture]] = {
     "text": _text,
     "shapes": _shapes,
     "photo": _photo,
     "scene": _scene,
     "layout": _layout,
+    "edit": _edit,
 }
 """Each takes random numbers, the side in pixels, the sources and, for text, a passage that must be shown."""
 JPEG_QUALITY = {"photo": 92, "scene": 92}
@@ -85,11 +90,11 @@ class Recipe:
     def load(self) -> None:
         """Read what the kinds need, so that bad input is found at once and processes that fork share it."""
         kinds = {kind for kind, _ in self.weights}
-        if kinds & {"text", "scene", "layout"}:
+        if kinds & {"text", "scene", "layout", "edit"}:
             _corpus(self.sources.corpus), _faces()
         if kinds & {"photo", "layout"}:
             _views()
-        if "scene" in kinds:
+        if kinds & {"scene", "edit"}:
             _places()
         if "layout" in kinds:
             _templates(self.sources.templates)
@@ -113,6 +118,11 @@ class Recipe:
         rng = generator(self.seed, index, kind)
         picture = KINDS[kind](rng, self.size, self.sources, passage)
         return to_sample(picture, f"{kind}-{self.seed}-{index:08d}", kind, JPEG_QUALITY.get(kind))
+
+
+def make_job(recipe: Recipe, job: tuple[int, str | None]) -> RawSample:
+    """`recipe.make` of a job (index, passage), for worker processes."""
+    return recipe.make(*job)
 
 
 def parse_kinds(text: str) -> tuple[tuple[str, float], ...]:

@@ -11,7 +11,7 @@ from data_pipeline.synthesis.fonts import Face, choose_face
 from data_pipeline.synthesis.photos import View, draw_crop, load_photo
 from data_pipeline.synthesis.picture import Picture, draw_size
 from data_pipeline.synthesis.templates import Element, Template, draw_fields
-from data_pipeline.synthesis.typesetting import Line, Style, fit_passage, shift, trim
+from data_pipeline.synthesis.typesetting import Line, Style, fit_passage, shift
 
 LEAST_PX = {"english": 11, "chinese": 13, "mixed": 13, "other": 13}
 LEAST_SIDE = 192
@@ -114,7 +114,6 @@ def render(sheet: Sheet) -> tuple[np.ndarray, tuple[Line, ...]] | None:
         block = fit_passage(text, style, x1 - x0, y1 - y0, least)
         if block is None:
             return None
-        block = trim(block)
         h, w = block.coverage.shape
         x = x0 + {"left": 0, "center": (x1 - x0 - w) // 2, "right": x1 - x0 - w}[element.align]
         y = y0 + {"top": 0, "middle": (y1 - y0 - h) // 2, "bottom": y1 - y0 - h}[element.valign]

@@ -23,6 +23,10 @@ class Picture:
     lines: tuple[Line, ...] = ()
     record: dict = field(default_factory=dict)
     """Further entries of the sample's record."""
+    before: np.ndarray | None = None
+    """uint8 [h, w, 3]: the picture before an edit whose result `image` is."""
+    mask: np.ndarray | None = None
+    """uint8 [h, w]: 255 where an edit changes the picture."""
 
 
 def generator(seed: int, index: int, purpose: str = "") -> np.random.Generator:
@@ -46,13 +50,20 @@ def draw_size(
 
 def to_sample(picture: Picture, key: str, source: str, jpeg_quality: int | None = None) -> RawSample:
     """The picture as a raw sample: PNG, or JPEG of the given quality."""
-    buffer = io.BytesIO()
-    if jpeg_quality is None:
-        Image.fromarray(picture.image).save(buffer, "PNG", compress_level=4)
-    else:
-        Image.fromarray(picture.image).save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    image = _encode(picture.image, jpeg_quality)
     height, width = picture.image.shape[:2]
     meta = {"caption": picture.caption, "source": source, "width": width, "height": height, **picture.record}
     if picture.lines:
         meta["lines"] = [{"text": line.text, "box": list(line.box)} for line in picture.lines]
-    return RawSample(key, buffer.getvalue(), "png" if jpeg_quality is None else "jpg", meta)
+    references = [] if picture.before is None else [_encode(picture.before)]
+    mask = None if picture.mask is None else _encode(picture.mask)
+    return RawSample(key, image, "png" if jpeg_quality is None else "jpg", meta, references, mask)
+
+
+def _encode(image: np.ndarray, jpeg_quality: int | None = None) -> bytes:
+    buffer = io.BytesIO()
+    if jpeg_quality is None:
+        Image.fromarray(image).save(buffer, "PNG", compress_level=4)
+    else:
+        Image.fromarray(image).save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    return buffer.getvalue()

@@ -9,7 +9,7 @@ from data_pipeline.synthesis.corpus import Corpus, language_of
 from data_pipeline.synthesis.fonts import Face, choose_face
 from data_pipeline.synthesis.line_breaking import has_chinese
 from data_pipeline.synthesis.picture import Picture
-from data_pipeline.synthesis.typesetting import Block, Style, fit_passage, shift, trim
+from data_pipeline.synthesis.typesetting import Block, Style, fit_passage, shift
 
 LEAST_PX = {"english": 14, "chinese": 16, "mixed": 16, "other": 16}
 """Smallest type that stays readable after a VAE with 8 x 8 pixels a latent."""
@@ -97,13 +97,15 @@ def _draw_language(rng: np.random.Generator, corpus: Corpus) -> str:
 
 
 def render(page: Page) -> tuple[np.ndarray, Block] | None:
-    """The page as uint8 [h, w, 3] and its block with boxes in the picture; None if the passage doesn't fit."""
+    """The page as uint8 [h, w, 3] and its block with boxes in the picture; None if the passage doesn't fit.
+
+    Without text it is a blank page.
+    """
     height, width = page.size
     margin = max(2, round(0.05 * min(height, width)))
     block = fit_passage(page.text, page.style, width - 2 * margin, height - 2 * margin, page.least_px)
     if block is None:
         return None
-    block = trim(block)
     h, w = block.coverage.shape
     y = margin + round((height - 2 * margin - h) * page.anchor[0])
     x = margin + round((width - 2 * margin - w) * page.anchor[1])

@@ -16,7 +16,7 @@ from data_pipeline.synthesis.line_breaking import has_chinese
 from data_pipeline.synthesis.photos import View, draw_crop, installed_file, load_photo
 from data_pipeline.synthesis.picture import Picture, draw_size, generator
 from data_pipeline.synthesis.surfaces import SURFACES
-from data_pipeline.synthesis.typesetting import Line, Style, fit_passage, shift, trim
+from data_pipeline.synthesis.typesetting import Line, Style, fit_passage, shift
 
 PLACES = Path(__file__).with_name("scenes.toml")
 LEAST_PX = {"english": 13, "chinese": 16, "mixed": 16, "other": 16}
@@ -172,14 +172,16 @@ def _project(w: float, h: float, center: np.ndarray, roll: float, yaw: float, pi
 
 
 def render(scene: Scene) -> tuple[np.ndarray, tuple[Line, ...]] | None:
-    """The picture, uint8 [h, w, 3], and its lines with the boxes of their pixels; None if the passage doesn't fit."""
+    """The picture, uint8 [h, w, 3], and its lines with the boxes of their pixels; None if the passage doesn't fit.
+
+    Without text the thing is blank.
+    """
     rng = generator(scene.seed, 0, "texture")
     h, w = scene.flat
     margin = round((0.03 if scene.mount == "painted" else SURFACES[scene.surface].margin) * min(h, w))
     block = fit_passage(scene.text, scene.style, w - 2 * margin, h - 2 * margin, scene.least_px)
     if block is None:
         return None
-    block = trim(block)
     rows, columns = block.coverage.shape
     x = margin if scene.style.align == "left" else (w - columns) // 2
     block = shift(block, x, (h - rows) // 2)
@@ -252,6 +254,15 @@ def _add_post(image: np.ndarray, corners: np.ndarray, bright: float) -> np.ndarr
     tone = (70 + 60 * np.clip(1 - np.abs(across + 0.3), 0, 1)) * (0.4 + 0.6 * min(1.0, bright / 110))
     cover = np.clip(half * (1 - np.abs(across)), 0, 1)[None, :, None] * (np.arange(height) >= top)[:, None, None]
     return image + cover * (tone[None, :, None] - image)
+
+
+def name_carrier(scene: Scene) -> tuple[str, str]:
+    """What the passage is on, in English with 'the' and in Chinese."""
+    if scene.mount == "painted":
+        return "the surface", "表面"
+    surface = SURFACES[scene.surface]
+    english = _without_color(surface.phrase, scene.monochrome).removeprefix("a ")
+    return f"the {english}", _without_color(surface.chinese, scene.monochrome).removeprefix("一张").removeprefix("一块")
 
 
 def write_caption(rng: np.random.Generator, scene: Scene, place: Place) -> str:

@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -86,18 +86,22 @@ def set_passage(text: str, style: Style, width: int, height: int) -> Block | Non
 
 
 def fit_passage(text: str, style: Style, width: int, height: int, least_px: int) -> Block | None:
-    """`set_passage` at the largest size from `style.px` down to `least_px` that fits; None if even that doesn't."""
+    """`set_passage` at the largest size from `style.px` down to `least_px` that fits, cut to its ink.
+
+    None if even the smallest doesn't fit; an empty block for a text without ink.
+    """
     px = style.px
     while px >= least_px:
-        block = set_passage(text, Style(**{**vars(style), "px": px}), width, height)
+        block = set_passage(text, replace(style, px=px), width, height)
         if block is not None:
-            return block
+            return _trim(block)
         px = min(px - 1, int(px * 0.92))
     return None
 
 
-def trim(block: Block) -> Block:
-    """The block without the empty space around its ink."""
+def _trim(block: Block) -> Block:
+    if not block.lines:
+        return Block(np.zeros((1, 1), np.uint8), ())
     boxes = np.array([line.box for line in block.lines])
     (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
     return shift(Block(block.coverage[y0:y1, x0:x1], block.lines), -int(x0), -int(y0))
