@@ -23,5 +23,5 @@ def picture_uri(picture: Image.Image | np.ndarray, side: int) -> str:
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=88)
+    image.save(file, "JPEG", quality=88, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
