@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.recipes import TOY_SIDE_PX
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -12,6 +14,8 @@ class Recipe:
     """Synthetic pictures to draw (text, shapes, crops of photographs)."""
     vae_steps: int
     image_decoder_steps: int
+    batch_size: int
+    """Samples in a step of pretraining and fine-tuning."""
     steps_256: int
     steps_640: int
     sft_steps: int
@@ -25,20 +29,22 @@ class Recipe:
 RECIPES = {
     "quick": Recipe(
         pictures=480,
-        vae_steps=150,
-        image_decoder_steps=40,
-        steps_256=160,
-        steps_640=40,
-        sft_steps=20,
-        dpo_pairs=16,
-        dpo_steps=10,
-        grpo_steps=4,
-        sample_steps=12,
+        vae_steps=120,
+        image_decoder_steps=30,
+        batch_size=16,
+        steps_256=110,
+        steps_640=24,
+        sft_steps=8,
+        dpo_pairs=12,
+        dpo_steps=6,
+        grpo_steps=3,
+        sample_steps=10,
     ),
     "demo": Recipe(
         pictures=8000,
         vae_steps=1500,
         image_decoder_steps=300,
+        batch_size=32,
         steps_256=2400,
         steps_640=400,
         sft_steps=150,
@@ -48,9 +54,6 @@ RECIPES = {
         sample_steps=30,
     ),
 }
-
-TOY_RES = {"256": "64", "640": "96"}
-"""Side in pixels at which the tiny model plays each stage of the curriculum on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Stage:
 def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
     """The commands of a line that works in `out`, on the user's `data` or on our own."""
     raw, curated, report = out / "data" / "raw", out / "data" / "curated", out / "report"
-    components, encoded = out / "components", {res: out / "data" / f"encoded-{res}" for res in TOY_RES}
+    components, encoded = out / "components", {res: out / "data" / f"encoded-{res}" for res in (256, 640)}
 
     def stage(name: str, purpose: str, *command: object) -> Stage:
         return Stage(name, purpose, [str(word) for word in command])
@@ -80,17 +83,17 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         common = ["vae/train.py", "--recipe", decoder, "--data", curated, "--size", 64, "--steps", steps]
         return stage(name, purpose, *common, "--out", out / name, *more)
 
-    def produce(res: str) -> Stage:
-        purpose = f"text and latents for stage {res}, at {TOY_RES[res]} px here"
+    def produce(res: int) -> Stage:
+        purpose = f"text and latents for stage {res}, at {TOY_SIDE_PX[res]} px here"
         common = ["data_pipeline/produce.py", "--data", curated, "--components", components]
-        return stage(f"produce-{res}", purpose, *common, "--res", TOY_RES[res], "--out", encoded[res])
+        return stage(f"produce-{res}", purpose, *common, "--res", TOY_SIDE_PX[res], "--out", encoded[res])
 
     def train(name: str, purpose: str, script: str, steps: int, *more: object) -> Stage:
         common = [script, "--components", components, "--steps", steps, "--out", out / name]
         return stage(name, purpose, *common, *more)
 
-    def pretrain(res: str, steps: int, *more: object) -> Stage:
-        where = ["--res", res, "--preset", "tiny", "--data", encoded[res]]
+    def pretrain(res: int, steps: int, *more: object) -> Stage:
+        where = ["--res", res, "--preset", "tiny", "--data", encoded[res], "--batch-size", recipe.batch_size]
         return train(f"pretrain-{res}", f"flow matching, stage {res}", "pretrain/stage.py", steps, *where, *more)
 
     if data is None:
@@ -99,7 +102,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
     else:
         source = stage("data", f"pictures of {data}", "data_pipeline/ingest.py", "--data", data, "--out", raw)
     trained_vae, last, export = out / "image-decoder", out / "grpo", out / "export"
-    sft_data = ["--data", encoded["640"], "--init", out / "pretrain-640"]
+    sft_data = ["--data", encoded[640], "--init", out / "pretrain-640", "--batch-size", recipe.batch_size]
     return [
         source,
         page("data"),
@@ -107,11 +110,11 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         vae("vae", "encoder and video decoder", "base", recipe.vae_steps),
         vae("image-decoder", "encoder frozen", "image-decoder", recipe.image_decoder_steps, "--init", out / "vae"),
         stage("components", "text encoder too", "demo/components.py", "--vae", trained_vae, "--out", components),
-        produce("256"),
-        produce("640"),
-        pretrain("256", recipe.steps_256),
+        produce(256),
+        produce(640),
+        pretrain(256, recipe.steps_256),
         page("pretrain-256"),
-        pretrain("640", recipe.steps_640, "--init", out / "pretrain-256"),
+        pretrain(640, recipe.steps_640, "--init", out / "pretrain-256"),
         train("sft", "supervised fine-tuning", "posttrain/sft.py", recipe.sft_steps, *sft_data),
         train("dpo", "direct preference optimisation", "posttrain/dpo.py", recipe.dpo_steps,
               "--init", out / "sft", "--num-pairs", recipe.dpo_pairs),
