@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vae.crops import Crops, Source, draw_crop
-from vae.losses import GradientPyramid, balanced, kl, per_sample_mean
+from vae.losses import balanced, kl, per_sample_mean
+from vae.perceptual import GradientPyramid
 
 if TYPE_CHECKING:
     from pretrain.randomness import Randomness
@@ -51,7 +52,7 @@ class Reconstruction:
             error = (y - x).float()
             l1, mse = per_sample_mean(error.abs()), per_sample_mean(error.square())
             frames = lambda p: p.float().transpose(1, 2).flatten(0, 1)  # noqa: E731
-            perceptual = self.perceptual.to(y.device)(frames(y), frames(x)).view(len(x), -1).mean(1)
+            perceptual = self.perceptual(frames(y), frames(x)).view(len(x), -1).mean(1)
             divergence = kl(mean.float(), logvar.float())
             total = balanced(l1 + mse, perceptual, self.perceptual_ratio) + self.kl_weight * divergence
             psnr = -10 * torch.log10(mse.detach() / 4 + 1e-10)

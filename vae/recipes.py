@@ -41,6 +41,8 @@ class Config:
     """Samples in a step, over all ranks."""
     max_frames: int = 32
     """Frames in a microbatch; a picture is one."""
+    perceptual: str = "gradient-pyramid"
+    """Perceptual distance: gradient-pyramid (edges; no weights), or with local weights lpips:FILE, convnext:FOLDER."""
     perceptual_ratio: float = 0.5
     """Weight of the perceptual term relative to the reconstruction term, held at every moment."""
     kl_weight: float = 1e-6

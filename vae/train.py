@@ -30,6 +30,7 @@ def main(config: Config) -> None:
     from pretrain.loop import train
     from pretrain.run_folder import RunFolder
     from vae.objective import Reconstruction
+    from vae.perceptual import perceptual
 
     dataset = Sources(config.data, config.frames, config.clip_share)
     start = starting_point(config)
@@ -45,7 +46,12 @@ def main(config: Config) -> None:
             dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_frames
         )
         objective = Reconstruction(
-            config.crop, config.size, config.perceptual_ratio, config.kl_weight, config.recipe == "base"
+            config.crop,
+            config.size,
+            config.perceptual_ratio,
+            config.kl_weight,
+            sample_posterior=config.recipe == "base",
+            perceptual=perceptual(config.perceptual).to(engine.device),
         )
         train(engine, objective, batches, config.loop, run_folder)
         batches.close()
