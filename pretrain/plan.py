@@ -7,8 +7,8 @@ from pretrain.recipes import StageConfig
 TXT_TOKENS = {"tiny": 24, "small": 256, "qwen-image": 256}
 """Assumed length of a prompt."""
 
-ACTIVATION_BYTES = 90
-"""Kept for the backward pass, per token, layer and channel of the residual stream, at 2 bytes an activation."""
+ACTIVATION_BYTES = {2: 54, 4: 92}
+"""Bytes that autograd keeps, at most, per token, layer and channel of the residual stream, by an activation's size."""
 
 
 def plan(config: StageConfig) -> str:
@@ -38,7 +38,7 @@ def plan(config: StageConfig) -> str:
         "gradients": 4 * here,
         "optimizer (master, moments)": (12 if bf16 else 8) * here / (dp * parallel.cp),
         "moving average": 4 * here / (dp * parallel.cp),
-        "activations, about": kept + tokens * model.width * layers * ACTIVATION_BYTES * size / 2,
+        "activations, about": kept + tokens * model.width * layers * ACTIVATION_BYTES[size],
     }
     total = sum(memory.values()) / gib
     return "\n".join(

@@ -35,7 +35,7 @@ class StageConfig:
     """Folder of the run. Default: runs/pretrain-RES."""
     batch_size: int = 1024
     """Samples in a step, over all ranks."""
-    max_tokens: int = 32768
+    max_tokens: int = 8192
     """Tokens, of text and image, in a microbatch."""
     density: Literal["logit-normal", "uniform", "mode"] = "logit-normal"
     """Density of noise levels."""

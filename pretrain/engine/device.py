@@ -123,3 +123,4 @@ def _install_cpu_shim() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, os.cpu_count() // local_world))
     # The gradient of an indexed tensor (a modulation row for each token) is summed in any order otherwise.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False

@@ -38,22 +38,19 @@ Attention = Callable[[Tensor, Tensor, Tensor, Pack], Tensor]
 class MegatronOps(Ops):
     """Layers of one rank of `layout`; `dtype` is that of weights and activations.
 
-    Build the model inside `megatron_region()`. Its weights are uninitialised.
+    Both streams of a pack must be multiples of `align`, which `quantum` divides. Build the model inside
+    `megatron_region()`; its weights are uninitialised.
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, attention: str = "auto"):
+    def __init__(self, layout: Layout, dtype: torch.dtype, attention: str = "auto", quantum: int = 16):
         self.layout, self.dtype = layout, dtype
+        self.align = math.lcm(layout.tp_size * layout.cp_size, quantum)
         self.shards = layout.cp_size * (layout.tp_size if layout.sp else 1)
         self.heads_divisor = layout.tp_size * layout.cp_size
         self.config = megatron_config(layout, dtype)
         self.unsplit_config = megatron_config(layout, dtype, sp=False)
         self.column_class, self.row_class = linear_classes(layout)
         self.varlen_attention = attention_backend(attention, layout, dtype)
-
-    @property
-    def align(self) -> int:
-        """What both streams' lengths must be a multiple of."""
-        return math.lcm(self.layout.tp_size * self.layout.cp_size, 16)
 
     def column(self, in_features: int, out_features: int) -> nn.Module:
         if self.layout.tp_size == 1:
@@ -98,6 +95,7 @@ class MegatronOps(Ops):
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.layout.tp_group)
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.layout.cp_group)
 
+    @torch.compiler.disable  # segment lengths differ from batch to batch; what is before and after compiles once
     def attention(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
         cp = self.layout.cp_size
         order, inverse = self._order(pack)

@@ -32,6 +32,9 @@ from pretrain.engine.shards import Shards
 from pretrain.objective import Objective
 from pretrain.randomness import Randomness
 
+COMPILED_QUANTUM = 256
+"""Tokens that packs are rounded up to for compiled blocks, so that few shapes occur."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -57,7 +60,7 @@ class Engine:
         self.dp_rank, self.dp_size = layout.dp_rank, layout.dp_size
         dtype = config.dtype if config.dtype != "auto" else "bfloat16" if layout.device.type == "cuda" else "float32"
         self.dtype = DTYPES[dtype]
-        self.ops = MegatronOps(layout, self.dtype, config.attention)
+        self.ops = MegatronOps(layout, self.dtype, config.attention, COMPILED_QUANTUM if config.compile else 16)
         self.align = self.ops.align
         with device.megatron_region():
             self.model = build(model_config, self.ops).to(self.device, self.dtype)
@@ -229,6 +232,9 @@ class Engine:
             grad_reduce_in_fp32=True, overlap_grad_reduce=self.layout.dp_cp_group.size() > 1, **sharding
         )
         ddp = DistributedDataParallel(self.ops.config, ddp_config, self.model)
+        if self.layout.dp_cp_group.size() == 1:
+            for group in ddp.bucket_groups:  # Megatron would copy all weights and gradients onto themselves
+                group.start_param_sync = group.start_grad_sync = lambda *args, **kwargs: None
         optimizer_config = MegatronOptimizerConfig(
             optimizer="adam", lr=settings.lr, weight_decay=settings.weight_decay, clip_grad=settings.clip,
             adam_beta1=settings.betas[0], adam_beta2=settings.betas[1], adam_eps=settings.eps,
