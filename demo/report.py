@@ -30,15 +30,20 @@ class Config:
     """Side of the drawn pictures in pixels."""
 
 
-def raw_samples(line: Path, count: int) -> list:
-    """Raw samples spread evenly over the line's shards."""
+def raw_samples(line: Path) -> list:
+    """All raw samples of the line."""
     from data_pipeline.shards import list_shards, read_raw
 
-    samples = [s for shard in list_shards(line / "data" / "raw") for s in read_raw(shard, lambda problem: None)]
-    return [samples[i * len(samples) // count] for i in range(min(count, len(samples)))]
+    return [s for shard in list_shards(line / "data" / "raw") for s in read_raw(shard, lambda problem: None)]
 
 
-def reconstructions(line: Path, count: int = 8, side: int = 128):
+def spread(samples: list, count: int) -> list:
+    """`count` of them, evenly spaced."""
+    count = min(count, len(samples))
+    return [samples[i * len(samples) // count] for i in range(count)]
+
+
+def reconstructions(line: Path, samples: list, count: int = 8, side: int = 128):
     """Rows: originals, image decoder, video decoder; or None before a VAE is there."""
     folder = next((line / f for f in ("image-decoder", "vae") if (line / f / "vae").is_dir()), None)
     if folder is None:
@@ -51,7 +56,7 @@ def reconstructions(line: Path, count: int = 8, side: int = 128):
     from vae.autoencoder import VAE
 
     vae = VAE.from_folder(folder)
-    originals = [ImageOps.fit(decode(s.image), (side, side)) for s in raw_samples(line, count)]
+    originals = [ImageOps.fit(decode(s.image), (side, side)) for s in spread(samples, count)]
     pixels = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 127.5 - 1 for p in originals])
     rows, names = [originals], ["original"]
     decoders = ["image", "video"] if (folder / "vae_video").is_dir() else ["image"]
@@ -94,30 +99,24 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
 
 
-def drawings(config: Config):
+def drawings(config: Config, samples: list):
     """(rows of PIL pictures, one row a model; model names; prompts), or None before a model is there."""
-    models = [
-        m
-        for m in MODELS
-        if (config.line / m / "checkpoints").is_dir() and any((config.line / m / "checkpoints").glob("step_*"))
-    ]
+    runs = {name: config.line / name for name in MODELS}
+    models = [name for name, run in runs.items() if any((run / "checkpoints").glob("step_*"))]
     if not models:
         return None
     from PIL import Image
 
     from evaluation.source import load
+    from pretrain.engine.checkpoint import read_weights
 
-    prompts = [s.meta["caption"] for s in raw_samples(config.line, config.prompts)]
+    prompts = [s.meta["caption"] for s in spread(samples, config.prompts)]
+    sizes, seeds = [(config.size, config.size)] * len(prompts), list(range(len(prompts)))
+    painter = load(runs[models[0]])
     rows = []
-    for model in models:
-        pipeline = load(config.line / model)
-        images = pipeline.generate(
-            prompts,
-            [(config.size, config.size)] * len(prompts),
-            list(range(len(prompts))),
-            config.steps,
-            config.cfg_scale,
-        )
+    for name in models:
+        painter.velocity.load_state_dict(read_weights(runs[name])[1])
+        images = painter.generate(prompts, sizes, seeds, config.steps, config.cfg_scale)
         rows.append([Image.fromarray(image) for image in images])
     return rows, models, prompts
 
@@ -139,16 +138,16 @@ def main(config: Config) -> None:
 
     from demo.pictures import contact_sheet, data_uri, decode
 
-    folder = config.line / "report"
+    samples, folder = raw_samples(config.line), config.line / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    sheet = contact_sheet([decode(s.image) for s in raw_samples(config.line, 48)], 12, 96)
+    sheet = contact_sheet([decode(s.image) for s in spread(samples, 48)], 12, 96)
     page = {"stages": stage_table(config.line), "data": data_uri(sheet), "name": config.line.name, "config": config}
-    if found := reconstructions(config.line):
+    if found := reconstructions(config.line, samples):
         page["reconstructions"], page["reconstruction_rows"] = data_uri(found[0]), found[1]
         found[0].save(folder / "reconstructions.png")
     if plot := curves(config.line):
         page["curves"] = data_uri(plot)
-    if drawn := drawings(config):
+    if drawn := drawings(config, samples):
         rows, page["models"], page["prompts"] = drawn
         page["drawings"] = [[data_uri(picture) for picture in row] for row in rows]
         contact_sheet([p for row in rows for p in row], config.prompts, config.size).save(folder / "pictures.png")
