@@ -45,6 +45,8 @@ class Config(RunConfig):
     """How random steps are made: Flow-GRPO's SDE, or coefficients-preserving sampling."""
     cfg_scale: float = 4.0
     """Guidance while drawing and in training, with gradient through both branches; 1 for none."""
+    ratio: Literal["guard", "likelihood"] = "guard"
+    """GRPO-Guard's ratio, which weighs all steps alike, or Flow-GRPO's of likelihoods, where the last ones dominate."""
     clip_range: float = 0.0256
     """Clip range of the ratio, times the square root of a latent's elements: 1e-4 at 512 px (65,536 elements)."""
     beta: float = 0.004
@@ -89,7 +91,7 @@ def main(given: Config) -> None:
         run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
         if config.beta:
             engine.snapshot("reference")
-        objective = FlowGRPO(config.clip_range, config.beta)
+        objective = FlowGRPO(config.clip_range, config.beta, config.ratio)
         batches = Rollouts(
             engine=engine,
             artist=artist(engine, config.components),

@@ -6,6 +6,7 @@ Shape legend: S samples of a microbatch, N target tokens, C channels of a token.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,9 @@ def clipped_ratio_loss(log_ratio: Tensor, advantage: Tensor, clip: Tensor | floa
 class FlowGRPO:
     """Flow-GRPO (arXiv 2505.05470) over batches of one `Transition`: clipped ratio + beta KL(policy || reference).
 
-    With D elements a picture, log-probabilities are *means* over D, so the ratio is p^(1/D), whose spread for a given
-    change of the policy falls as 1/sqrt(D). Hence `clip` is given for D = 1 and divided by sqrt(D): .0256 is
+    `ratio` is that of the likelihoods, as in Flow-GRPO, or GRPO-Guard's (see `Transition`), whose gradient weighs steps
+    alike. With D elements a picture, log-probabilities are *means* over D, so the ratio is p^(1/D), whose spread for a
+    given change of the policy falls as 1/sqrt(D). Hence `clip` is given for D = 1 and divided by sqrt(D): .0256 is
     Flow-GRPO's 1e-4 at 512 px (D = 65,536). The KL is that of the two Gaussian steps, (mean - mean_ref)^2 / (2 std^2),
     *averaged* over D; in velocity form |dt|/2 (s (1 - sigma) / (2 sigma) + 1/s)^2 (v - v_ref)^2. Flow-GRPO's code has
     another factor |dt| in it, so its beta .04 at 10 steps is about .004 here.
@@ -92,6 +94,11 @@ class FlowGRPO:
 
     clip: float
     beta: float
+    ratio: Literal["likelihood", "guard"] = "guard"
+
+    def log_ratio(self, step: Transition, mean: Tensor, std: Tensor) -> Tensor:
+        """Logarithm of the ratio [S] of the chosen kind."""
+        return step.log_ratio(mean, std) if self.ratio == "likelihood" else step.guarded_log_ratio(mean, std)
 
     def clip_range(self, step: Transition) -> Tensor:
         """The clip range [S] of each picture's ratio."""
@@ -106,7 +113,7 @@ class FlowGRPO:
     def loss(self, output: Tensor, batch: list[Transition], inputs: ModelInputs) -> tuple[Tensor, float, Metrics]:
         (step,) = batch
         mean, std = step.moments(output)
-        log_ratio, clip = step.log_ratio(mean, std), self.clip_range(step)
+        log_ratio, clip = self.log_ratio(step, mean, std), self.clip_range(step)
         losses = clipped_ratio_loss(log_ratio, step.advantage, clip)
         moved = (log_ratio.detach().exp() - 1).abs() / clip
         metrics = {"ratio_deviation": moved.sum(), "clipped": (moved > 1).float().sum()}

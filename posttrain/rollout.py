@@ -51,8 +51,10 @@ class Transition:
     """[S] second level of the schedule (see `sde_moments`)."""
     noise_level: float
     kind: SDE
+    mean: Tensor
+    """fp32 [L, C] mean of the step of the policy that drew it."""
     log_prob: Tensor
-    """fp32 [S] under the policy that drew the step."""
+    """fp32 [S] under that policy."""
     advantage: Tensor
     """fp32 [S]"""
     scores: dict[str, Tensor] = field(default_factory=dict)
@@ -69,8 +71,20 @@ class Transition:
         return sde_moments(self.x, v, sigma, sigma_next, self.noise_level, sigma_max, self.kind)
 
     def log_ratio(self, mean: Tensor, std: Tensor) -> Tensor:
-        """How much likelier a step of these moments is to be the one that was drawn: log p - log p_old, [S]."""
+        """How much likelier a policy of these moments makes the step than the one that drew it, [S].
+
+        log p - log p_old, averaged over D.
+        """
         return self.mean_log_prob(mean, std) - self.log_prob
+
+    def guarded_log_ratio(self, mean: Tensor, std: Tensor) -> Tensor:
+        """The same without its bias and its dependence on the step's size: noise (mean - mean_old) / |dt|, averaged.
+
+        GRPO-Guard (arXiv 2510.22319): (log p - log p_old + |mean - mean_old|^2 / (2 std^2)) std / |dt|. For Flow-GRPO's
+        SDE that is -(1 + a^2/2) noise (v - v_old), so that every step pulls at the velocity with equal force.
+        """
+        noise, dt = (self.x_next - self.mean) / std, (self.sigma - self.sigma_next).to(mean.device)
+        return self.per_picture(noise * (mean - self.mean)) / dt
 
     def mean_log_prob(self, mean: Tensor, std: Tensor) -> Tensor:
         """Log density of the step, *averaged* over a picture's tokens and channels: [S]."""
@@ -121,14 +135,14 @@ def rollout(
     for k in range(steps):
         step = Transition(
             guidance, x, x, sigmas[:, k], sigmas[:, k + 1], sigmas[:, 1], noise_level if k in random else 0.0, kind,
-            log_prob=x.new_zeros(len(noise)), advantage=x.new_zeros(len(noise)),
+            mean=x, log_prob=x.new_zeros(len(noise)), advantage=x.new_zeros(len(noise)),
         )  # fmt: skip
         mean, std = step.moments(velocity(step.inputs()))
         x = mean
         if k in random:
             eps = [draw(i, k, tuple(piece.shape)) for i, piece in enumerate(guidance.split(mean))]
             x = mean + std * torch.cat(eps).to(mean.device)
-            step = replace(step, x_next=x)
+            step = replace(step, x_next=x, mean=mean)
             transitions.append(replace(step, log_prob=step.mean_log_prob(mean, std)))
     return [unpatchify(t, size) for t, size in zip(guidance.split(x), sizes, strict=True)], transitions
 
@@ -258,7 +272,7 @@ class Rollouts:
 
     def _check_noise_floor(self, transition: Transition) -> None:
         """Refuse to train where kernels repeat themselves too badly for the clip range."""
-        log_ratio = transition.log_ratio(*transition.moments(self.engine.model(transition.inputs())))
+        log_ratio = self.objective.log_ratio(transition, *transition.moments(self.engine.model(transition.inputs())))
         floor = ((log_ratio.exp() - 1).abs() / self.objective.clip_range(transition)).max().item()
         if self.engine.any_rank(floor > NOISE_SHARE):
             raise ValueError(

@@ -48,8 +48,8 @@ def roll(net, kind="flow-grpo", cfg_scale=3.0, level=0.7, random=range(STEPS - 1
     return rollout(net, guidance(cfg_scale), noise(), draw, STEPS, random, level, kind)
 
 
-def grpo(net, reference, transition, clip=1.0, beta=0.0):
-    objective = FlowGRPO(clip=clip, beta=beta)
+def grpo(net, reference, transition, clip=1.0, beta=0.0, ratio="likelihood"):
+    objective = FlowGRPO(clip, beta, ratio)
     with torch.no_grad():
         inputs = objective.prepare([transition], Randomness(0), lambda name, x: {"reference": reference}[name](x), 16)
     return objective.loss(net(inputs), [transition], inputs)
@@ -106,8 +106,9 @@ def test_on_policy_ratio_is_exactly_one(kind, cfg_scale):
         with torch.enable_grad():
             mean, std = t.moments(net(t.inputs()))
         assert torch.equal(t.mean_log_prob(mean, std), t.log_prob)
-        _, _, metrics = grpo(net, None, t)
-        assert metrics["ratio_deviation"].item() == 0.0 and metrics["clipped"].item() == 0.0
+        for ratio in ("likelihood", "guard"):
+            _, _, metrics = grpo(net, None, t, ratio=ratio)
+            assert metrics["ratio_deviation"].item() == 0.0 and metrics["clipped"].item() == 0.0
 
 
 def test_on_policy_gradient_is_that_of_reinforce():
@@ -125,6 +126,23 @@ def test_on_policy_gradient_is_that_of_reinforce():
     for name, p in net.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item() + 1e-8)
+
+
+def test_guarded_ratio_weighs_all_steps_alike():
+    """Equal to the paper's formula, and -(1 + a^2/2) noise (v - v_old) whatever the step."""
+    net, other = model(0), model(1)
+    for k, t in enumerate(roll(net, cfg_scale=1.0)[1]):
+        with torch.no_grad():
+            v, v_old = other(t.inputs()), net(t.inputs())
+        mean, std = t.moments(v)
+        got, dt = t.guarded_log_ratio(mean, std), t.sigma - t.sigma_next
+        bias = t.per_picture((mean - t.mean) ** 2 / (2 * std**2))
+        scale = torch.stack([s[0, 0] for s in t.guidance.split(std)]) / dt
+        torch.testing.assert_close(got, (t.log_ratio(mean, std) + bias) * scale, rtol=1e-3, atol=1e-4)
+        if k:  # at sigma = 1 the formula's factor is 1
+            noise = torch.cat([draw(i, k, tuple(x.shape)) for i, x in enumerate(t.guidance.split(mean))])
+            wanted = -(1 + 0.7**2 / 2) * t.per_picture(noise * (v - v_old))
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_gradient_flows_through_both_branches_of_guidance():
