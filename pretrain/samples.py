@@ -27,13 +27,18 @@ class SampleHook:
     """Whose text, empty prompt, references and size are used."""
     steps: int = 20
     cfg_scale: float = 4.0
+    together: int = 8
+    """Pictures drawn in one pack."""
 
     def __call__(self, engine: "Engine", step: int) -> None:
         on = lambda t: t.to(engine.device)  # noqa: E731
         conditions = [Condition(on(s.txt), on(s.txt_empty), tuple(map(on, s.references))) for s in self.prompts]
         noise = [on(Randomness(0).normal(s.key, 0, "sample", tuple(s.latent.shape))) for s in self.prompts]
         velocity = partial(engine.frozen, "ema")
-        latents = sample(velocity, conditions, noise, self.steps, self.cfg_scale, engine.align)
+        latents = []
+        for i in range(0, len(noise), self.together):
+            some = slice(i, i + self.together)
+            latents += sample(velocity, conditions[some], noise[some], self.steps, self.cfg_scale, engine.align)
         if self.run.writes:
             with torch.inference_mode():
                 draw = TextToImage(velocity, None, self.vae, engine.device)

@@ -48,7 +48,7 @@ def main(config: StageConfig) -> None:
             dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
         )
         objective = VelocityMSE(config.density, condition_dropout=config.condition_dropout)
-        train(engine, objective, batches, config.loop, run_folder, hooks(config, run_folder, dataset))
+        train(engine, objective, batches, config.loop, run_folder, hooks(config, engine, run_folder, dataset))
         batches.close()
     finally:
         engine.close()
@@ -88,15 +88,17 @@ def open_data(config: StageConfig):
     return dataset
 
 
-def hooks(config: StageConfig, run_folder, dataset) -> list:
+def hooks(config: StageConfig, engine, run_folder, dataset) -> list:
     """Pictures, if there is a VAE to draw them with."""
     if config.components is None:
         return []
     from pretrain.samples import SampleHook
     from vae.autoencoder import VAE
 
+    vae = VAE.from_folder(config.components, engine.device).eval()
     prompts = [dataset[i] for i in range(min(8, len(dataset)))]
-    return [SampleHook(config.sample_every, run_folder, VAE.from_folder(config.components).eval(), prompts)]
+    together = 8 if config.preset == "tiny" else 1
+    return [SampleHook(config.sample_every, run_folder, vae, prompts, together=together)]
 
 
 def defaults(argv: list[str]) -> StageConfig:

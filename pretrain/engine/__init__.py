@@ -5,4 +5,3 @@ import warnings
 # Megatron advises to install Apex and calls deprecated torch functions at every turn.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

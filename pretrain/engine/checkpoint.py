@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,30 +75,33 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
+def candidates(source: Path) -> list[Path]:
+    """Checkpoints, newest first, that a run folder, its checkpoints folder or a checkpoint folder stands for."""
+    source = Path(source)
+    if (source / STATE).exists() or re.fullmatch(r"step_\d{8,}", source.name):
+        return [source]
+    return list_checkpoints(source / "checkpoints" if (source / "checkpoints").is_dir() else source)
+
+
 def passed_over(folder: Path, problem: str) -> str:
-    """The line that tells a user why an older checkpoint is used."""
-    return f"checkpoint {folder} is damaged ({problem}); going back to the one before"
-
-
-def newest_intact(checkpoints: Path) -> Path:
-    """The newest checkpoint that is as written; ValueError if there is none."""
-    for folder in list_checkpoints(checkpoints):
-        if (problem := damage(folder)) is None:
-            return folder
-        print(passed_over(folder, problem), flush=True)
-    raise ValueError(f"no intact checkpoint in {checkpoints}")
+    """The line that says why a checkpoint is not used."""
+    return f"checkpoint {folder} is damaged ({problem}), so it is passed over"
 
 
 def resolve(source: Path) -> Path:
-    """The checkpoint that a run folder, its checkpoints folder or a checkpoint folder stands for."""
-    source = Path(source)
-    if not source.exists():
+    """The newest intact checkpoint of `candidates(source)`; ValueError if there is none."""
+    if not Path(source).exists():
         raise ValueError(f"{source} does not exist")
-    if (source / STATE).exists():
-        if (problem := damage(source)) is not None:
-            raise ValueError(f"checkpoint {source} is damaged ({problem})")
-        return source
-    return newest_intact(source / "checkpoints" if (source / "checkpoints").is_dir() else source)
+    for folder in (found := candidates(source)):
+        if (problem := damage(folder)) is None:
+            return folder
+        print(passed_over(folder, problem), flush=True)
+    raise ValueError(no_checkpoint(source, found))
+
+
+def no_checkpoint(source: Path, damaged: list[Path]) -> str:
+    """The line that says why there is nothing to load."""
+    return f"every checkpoint in {source} is damaged" if damaged else f"{source} holds no checkpoint"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -121,7 +125,9 @@ def read_tensors(checkpoint: Path, ema: bool = True) -> dict[str, Tensor]:
     names = [k.removeprefix("model.") for k in stored if k.startswith("model.")]
     key = {n: f"ema.{n}" if ema and f"ema.{n}" in stored else f"model.{n}" for n in names}
     tensors = {key[n]: torch.empty(stored[key[n]].size, dtype=stored[key[n]].properties.dtype) for n in names}
-    torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():  # that one process reads alone is meant
+        warnings.simplefilter("ignore")
+        torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     return {n: tensors[key[n]] for n in names}
 
 

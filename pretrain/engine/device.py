@@ -75,10 +75,8 @@ def start(parallel: ParallelConfig) -> Layout:
 
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else _world_of_one()
+        dist.init_process_group(backend, device_id=device if cuda else None, **alone)
     world, model = dist.get_world_size(), parallel.tp * parallel.cp
     if world % model:
         raise ValueError(
@@ -105,6 +103,10 @@ def start(parallel: ParallelConfig) -> Layout:
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+
+
+def _world_of_one() -> dict:
+    return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
 
 
 def stop() -> None:

@@ -101,17 +101,23 @@ def load(engine: "Engine", folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_weights_only(engine: "Engine", folder: Path, ema: bool) -> None:
-    """Fill the weights from the (averaged) weights of a checkpoint of the same model."""
+def load_weights_only(engine: "Engine", source: Path, ema: bool) -> None:
+    """Fill the weights from the (averaged) weights of a run or checkpoint of the same model.
+
+    Raises ValueError if it has no intact checkpoint or is of another model.
+    """
+    found = _shared_view(checkpoint.candidates(source))
+    folder = _first_intact(engine, found)
+    if folder is None:
+        raise ValueError(checkpoint.no_checkpoint(source, found))
     checkpoint.require_same_model(folder, engine.model_config)
-    averaged = {n for n, p in engine.model.named_parameters() if ema and p.requires_grad}
     with megatron_region():
         state = _weights(engine)
-        for name in averaged:
-            param = engine.model.get_parameter(name)
-            state["model"][name] = _sharded(engine, f"ema.{name}", param, torch.empty_like(param, dtype=torch.float32))
-        state = dist_checkpointing.load(state, str(folder))
-        _fill(engine, state["model"])
+        for name, param in engine.model.named_parameters():
+            if ema and param.requires_grad:
+                room = torch.empty_like(param, dtype=torch.float32)
+                state["model"][name] = _sharded(engine, f"ema.{name}", param, room)
+        _fill(engine, dist_checkpointing.load(state, str(folder))["model"])
 
 
 def resume(engine: "Engine", checkpoints: Path) -> dict[str, Any] | None:
@@ -119,18 +125,32 @@ def resume(engine: "Engine", checkpoints: Path) -> dict[str, Any] | None:
 
     A damaged one is passed over with one line. Raises ValueError if all are damaged.
     """
-    found: list[Any] = [[str(p) for p in checkpoint.list_checkpoints(checkpoints)]]
+    found = _shared_view(checkpoint.list_checkpoints(checkpoints))
+    if not found:
+        return None
+    folder = _first_intact(engine, found)
+    if folder is None:
+        raise ValueError(f"{checkpoint.no_checkpoint(checkpoints, found)}; remove them to start over")
+    return load(engine, folder)
+
+
+def _shared_view(folders: list[Path]) -> list[Path]:
+    """What rank 0 sees on the disk."""
+    found: list[Any] = [folders]
     dist.broadcast_object_list(found)
-    for folder in map(Path, found[0]):
+    return found[0]
+
+
+def _first_intact(engine: "Engine", folders: list[Path]) -> Path | None:
+    """The first folder without damage; all ranks share the checking and one says what is damaged."""
+    for folder in folders:
         problems: list[str | None] = [None] * engine.world_size
         dist.all_gather_object(problems, checkpoint.damage(folder, engine.rank, engine.world_size))
         problem = next((p for p in problems if p), None)
         if problem is None:
-            return load(engine, folder)
+            return folder
         if engine.rank == 0:
             print(checkpoint.passed_over(folder, problem), flush=True)
-    if found[0]:
-        raise ValueError(f"every checkpoint in {checkpoints} is damaged; remove them to start over")
     return None
 
 

@@ -24,17 +24,17 @@ class Shards:
     def masters(self) -> dict[str, Tensor]:
         """This rank's slice of the fp32 master of each parameter of which it has one."""
         groups, where = self.optimizer.optimizer.param_groups, self.optimizer.model_param_group_index_map
-        at = {name: where[param] for name, param in self._params() if param in where}
+        at = {name: where[param] for name, param in self._trainable().items() if param in where}
         return {name: groups[group]["params"][index] for name, (group, index) in at.items()}
 
     def range_of(self, name: str) -> tuple[int, int]:
         """First and last + 1 element, in the flattened parameter, of this rank's slice."""
-        span = self.optimizer._get_model_param_range_map(dict(self._params())[name])["param"]
+        span = self.optimizer._get_model_param_range_map(self.ddp.module.get_parameter(name))["param"]
         return span.start, span.end
 
     def gather(self, slices: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Whole fp32 tensors in the shape of this rank's parameters from all ranks' slices, one bucket at a time."""
-        names = {param: name for name, param in self._params()}
+        names = {param: name for name, param in self._trainable().items()}
         group = self.ddp.intra_dp_cp_group
         for buffer in self.ddp.buffers:
             for bucket in buffer.buckets:
@@ -49,5 +49,5 @@ class Shards:
                     start, end, _ = buffer.param_index_map[param]
                     yield names[param], whole[start - bucket.offset : end - bucket.offset].view(param.shape)
 
-    def _params(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p) for name, p in self.ddp.module.named_parameters() if p.requires_grad)
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.ddp.module.named_parameters() if p.requires_grad}

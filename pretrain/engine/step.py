@@ -134,7 +134,8 @@ class Engine:
         optimizer, settings = self.optimizer, self.config.optimizer
         lr = settings.learning_rate(self.step_count, self.total_steps)
         for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr, settings.weight_decay * group["wd_mult"]
+            decay = settings.weight_decay * group["wd_mult"]
+            group.update(lr=lr, weight_decay=decay, betas=settings.betas, eps=settings.eps)
         with device.megatron_region():
             self._ddp.scale_gradients(1 / weight if weight else math.nan)
             optimizer.prepare_grads()
@@ -210,7 +211,7 @@ class Engine:
 
     def load_run(self, source: Path, ema: bool = True) -> None:
         """Start from the (averaged) weights of another run's or checkpoint's folder."""
-        saving.load_weights_only(self, checkpoint.resolve(source), ema)
+        saving.load_weights_only(self, Path(source), ema)
         self.weights_changed()
 
     def close(self) -> None:

@@ -1,14 +1,16 @@
 """A small MMDiT with random weights everywhere, and one batch of four samples that have nothing in common."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline.sample import EncodedSample
-from model.config import MMDiTConfig
+from model.config import LoRAConfig, MMDiTConfig
+from model.lora import add_adapters
 from model.mmdit import MMDiT
-from model.ops import full_shape, local_shard
+from model.ops import Ops, full_shape, local_shard
 from pretrain.objective import VelocityMSE
 from pretrain.randomness import Randomness
 
@@ -36,6 +38,14 @@ def samples(epoch: int = 0) -> list[EncodedSample]:
     ]
 
 
+def with_adapters(config: MMDiTConfig, ops: Ops | None = None) -> MMDiT:
+    """A frozen model whose every linear layer has an adapter."""
+    model = MMDiT(config, ops)
+    targets = ("q", "k", "v", "out", "mlp_in", "mlp_out", "mod", "img_in", "txt_in", "proj", "linear_1", "linear_2")
+    add_adapters(model, LoRAConfig(rank=4, alpha=8, targets=targets))
+    return model
+
+
 def weight(name: str, shape: torch.Size) -> Tensor:
     """Random values for a whole weight, none zero: a function of its name."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
@@ -45,16 +55,17 @@ def weight(name: str, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> nn.Module:
-    """Fill a model, or a rank's slice of one, with `weight`."""
+    """Fill a model, or a rank's slice of one, with `weight`; adapters have no biases."""
     for name, param in model.named_parameters():
-        param.copy_(local_shard(param, weight(name, full_shape(param))))
+        if not (".lora." in name and name.endswith("bias")):
+            param.copy_(local_shard(param, weight(name, full_shape(param))))
     return model
 
 
-def reference_gradients(epoch: int = 0) -> dict[str, Tensor]:
+def reference_gradients(build: Callable[..., nn.Module] = MMDiT) -> dict[str, Tensor]:
     """Gradients of the mean loss of the batch by plain torch in one process."""
-    model = fill(MMDiT(CONFIG))
-    backward(model, samples(epoch))
+    model = fill(build(CONFIG))
+    backward(model, samples())
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -33,7 +33,7 @@ def make_data(folder: Path, side_px: int, width: int = 128) -> Path:
     sizes = [(side, side), (side - 2, side + 2), (side + 2, side - 2)]
     samples = [
         EncodedSample(f"k{i}", normal(16, 1, *sizes[i % 3]), normal(3 + i, width).bfloat16(), meta={"caption": f"{i}"})
-        for i in range(10)
+        for i in range(4)
     ]
     write_encoded(folder / shard_name(0), samples)
     save_file({"txt": normal(2, width).bfloat16()}, folder / "empty.safetensors")
