@@ -30,7 +30,7 @@ class Config(RunConfig):
     pairs: Path | None = None
     """Pairs to learn from: a folder with KEY.win.png, KEY.lose.png and KEY.txt, or one that an earlier run drew."""
     num_pairs: int = 32 if TOY else 4096
-    """Pairs to draw if none are given, and the most that are used."""
+    """Pairs to draw if none are given."""
     prompts: Path | None = None
     """JSON lines {"prompt": ..., ...} to draw. Default: the shapes world's training prompts."""
     rewards: tuple[str, ...] = ("shapes_soft",)
@@ -67,16 +67,21 @@ def main(given: Config) -> None:
     from posttrain.preference import PairDataset
     from pretrain.loop import train
     from pretrain.run_folder import RunFolder
+    from pretrain.samples import SampleHook
+    from vae.autoencoder import VAE
 
     engine = begin(config, given.init)
     try:
         run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
-        dataset = PairDataset(pairs_folder(config, engine), config.num_pairs)
+        dataset = PairDataset(pairs_folder(config, engine), config.num_pairs if config.pairs is None else None)
         engine.snapshot("reference")
         batches = Loader(
             dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
         )
-        train(engine, DiffusionDPO(config.beta), batches, config.loop, run_folder)
+        vae = VAE.from_folder(config.components, engine.device).eval()
+        shown = [dataset[i].win for i in range(min(8, len(dataset)))]
+        samples = SampleHook(config.sample_every, run_folder, vae, shown, together=len(shown) if TOY else 1)
+        train(engine, DiffusionDPO(config.beta), batches, config.loop, run_folder, [samples])
         batches.close()
     finally:
         engine.close()
@@ -103,15 +108,16 @@ def pairs_folder(config: Config, engine) -> Path:
     encoder = Encoder(painter.conditioner, painter.vae, config.size_px)
     if config.pairs is not None:
         items, make = list_judged(config.pairs), partial(encode_pair, encoder)
+        wanted = len(items)
     else:
         drawing = PairDrawing(
             painter, WeightedRewards(config.rewards), config.size_px, config.pictures, config.min_gap,
             config.sampling_steps, config.cfg_scale, Randomness(config.loop.seed),
         )  # fmt: skip
-        items, make = read_prompts(config.prompts), drawing.pairs
-    with progress(config.num_pairs, "pairs", "pair") as bar:
-        show = lambda found: bar.update(min(found, config.num_pairs) - bar.n)  # noqa: E731
-        found = write_pairs(folder, settings, items, make, config.num_pairs, encoder, engine, show)
+        items, make, wanted = read_prompts(config.prompts), drawing.pairs, config.num_pairs
+    with progress(wanted, "pairs", "pair") as bar:
+        show = lambda found: bar.update(min(found, wanted) - bar.n)  # noqa: E731
+        found = write_pairs(folder, settings, items, make, wanted, encoder, engine, show)
     if not found:
         raise UserError(
             f"of {len(items)} prompts none had two pictures whose rewards differ by {config.min_gap}: train the model "

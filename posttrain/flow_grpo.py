@@ -14,7 +14,7 @@ try:
     import tyro
 
     from command_line import UserError, run
-    from posttrain.start import TOY, RunConfig, artist, begin, engine_defaults, picture_side, plan, resolve
+    from posttrain.start import TOY, RunConfig, artist, begin, engine_defaults, picture_side, plan, resolve, sample_hook
     from pretrain.engine.config import EngineConfig
     from pretrain.loop import LoopConfig
 except ModuleNotFoundError as missing:
@@ -92,9 +92,11 @@ def main(given: Config) -> None:
         if config.beta:
             engine.snapshot("reference")
         objective = FlowGRPO(config.clip_range, config.beta, config.ratio)
+        painter = artist(engine, config.components)
+        samples = sample_hook(config.sample_every, run_folder, painter, [p.text for p in prompts[:8]], config.size_px)
         batches = Rollouts(
             engine=engine,
-            artist=artist(engine, config.components),
+            artist=painter,
             reward=WeightedRewards(config.rewards),
             objective=objective,
             prompts=prompts,
@@ -111,7 +113,7 @@ def main(given: Config) -> None:
             updates_per_rollout=config.updates_per_rollout,
             seed=config.loop.seed,
         )
-        train(engine, objective, batches, config.loop, run_folder)
+        train(engine, objective, batches, config.loop, run_folder, [samples])
     finally:
         engine.close()
 

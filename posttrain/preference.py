@@ -1,8 +1,8 @@
 """Preferences: pairs of pictures of one prompt, of which one is better.
 
 On disk a folder of pairs is an encoded data set (see `data_pipeline.sample`) whose samples come in twos, KEY-win and
-KEY-lose. Pairs are drawn from a model and judged by a reward (`draw_pairs`), or read from pictures that someone judged
-(`encode_pairs`).
+KEY-lose. Pairs are drawn from a model and judged by a reward (`PairDrawing`), or read from pictures that someone judged
+(`encode_pair`).
 """
 
 import json

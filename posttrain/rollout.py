@@ -205,9 +205,8 @@ class Rollouts:
         self._cursor, self._uses_left = (state["epoch"], state["index"]), 0
 
     def _draw(self) -> list[list[Transition]]:
-        groups = [
-            self._draw_group(*place) for place in self._next_prompts()[self.engine.dp_rank :: self.engine.dp_size]
-        ]
+        mine = self._next_prompts()[self.engine.dp_rank :: self.engine.dp_size]
+        groups = [self._draw_group(prompt, epoch) for prompt, epoch in mine]
         rewards = torch.stack([scores["reward"] for _, scores in groups])
         std = batch_std(rewards, self._sum_over_ranks) if self.advantage_std == "batch" else None
         microbatches = []
@@ -226,10 +225,12 @@ class Rollouts:
         """(prompt, epoch) of all ranks' groups of the next rollout; moves the cursor."""
         (epoch, index), places = self._cursor, []
         while len(places) < self.prompts_per_update:
-            if index == len(self.prompts):
+            order = epoch_order(len(self.prompts), self.seed, epoch)
+            taken = order[index : index + self.prompts_per_update - len(places)]
+            places += [(self.prompts[i], epoch) for i in taken]
+            index += len(taken)
+            if index == len(order):
                 epoch, index = epoch + 1, 0
-            places.append((self.prompts[epoch_order(len(self.prompts), self.seed, epoch)[index]], epoch))
-            index += 1
         self._cursor = (epoch, index)
         return places
 

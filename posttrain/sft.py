@@ -33,8 +33,6 @@ class Config(RunConfig):
     """Samples in a step, over all ranks."""
     condition_dropout: float = 0.1
     """Probability that a sample trains with the empty prompt, for guidance."""
-    sample_every: int = 50 if TOY else 500
-    """Steps between pictures in samples/."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(
         default_factory=lambda: LoopConfig(50, save_every=25) if TOY else LoopConfig(10_000, save_every=500)
     )
@@ -64,7 +62,8 @@ def main(given: Config) -> None:
             dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
         )
         vae = VAE.from_folder(config.components, engine.device).eval()
-        samples = SampleHook(config.sample_every, run_folder, vae, [dataset[i] for i in range(min(8, len(dataset)))])
+        shown = [dataset[i] for i in range(min(8, len(dataset)))]
+        samples = SampleHook(config.sample_every, run_folder, vae, shown, together=len(shown) if TOY else 1)
         objective = VelocityMSE(condition_dropout=config.condition_dropout)
         train(engine, objective, batches, config.loop, run_folder, [samples])
         batches.close()

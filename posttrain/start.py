@@ -20,6 +20,8 @@ from pretrain.starting_point import fill_weights, is_run, read_model_config
 if TYPE_CHECKING:
     from model.text_to_image import TextToImage
     from pretrain.engine.step import Engine
+    from pretrain.run_folder import RunFolder
+    from pretrain.samples import SampleHook
 
 DIFFUSERS_SIDE_PX = 1024
 """Side of the pictures that a published model is post-trained on, unless told otherwise."""
@@ -43,6 +45,8 @@ class RunConfig:
     """Tokens, of text and image, in a microbatch."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=LoopConfig)
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    sample_every: int = 50 if TOY else 200
+    """Steps between pictures in samples/."""
     dry_run: bool = False
     """Print the plan, do nothing."""
 
@@ -118,6 +122,21 @@ def artist(engine: "Engine", components: Path) -> "TextToImage":
     conditioner = Conditioner.from_folder(components, engine.device, dtype)
     vae = VAE.from_folder(components, engine.device, dtype).eval()
     return TextToImage(engine.model, conditioner, vae, engine.device, align=engine.align)
+
+
+def sample_hook(every: int, run: "RunFolder", painter: "TextToImage", texts: list[str], size_px: int) -> "SampleHook":
+    """Draws `texts` into the run's samples/ every so many steps."""
+    import torch
+
+    from data_pipeline.sample import EncodedSample
+    from model.text_to_image import PIXELS_PER_LATENT
+    from pretrain.samples import SampleHook
+
+    blank = torch.zeros(16, 1, size_px // PIXELS_PER_LATENT, size_px // PIXELS_PER_LATENT)
+    prompts = [
+        EncodedSample(f"sample-{i}", blank, c.txt, txt_empty=c.txt_empty) for i, c in enumerate(painter.encode(texts))
+    ]
+    return SampleHook(every, run, painter.vae, prompts, together=len(prompts) if TOY else 1)
 
 
 def picture_side(size_px: int | None, source: Path) -> int:

@@ -23,3 +23,13 @@ def init(components, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("init")
     run_world(1, make_run, folder, components)
     return folder
+
+
+@pytest.fixture
+def one_process():
+    """A world of one, for code that meets its peers at barriers."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
