@@ -13,7 +13,25 @@ from model.packing import Pack
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     """Attention per sample of the pack; takes and returns the order [text stream, image stream]."""
     order, inverse = pack.joint_order, pack.inverse_order
-    return varlen_attention(q[order], k[order], v[order], pack)[inverse]
+    q, k, v = (permute(x, order, inverse) for x in (q, k, v))
+    return permute(varlen_attention(q, k, v, pack), inverse, order)
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x[order] for a permutation; its gradient is g[inverse], a gather where indexing's own would scatter and add."""
+    return _Permute.apply(x, order, inverse)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:

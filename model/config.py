@@ -70,7 +70,7 @@ class LoRAConfig:
     rank_stabilised: bool = False
     """scale = alpha / sqrt(rank) (arXiv 2312.03732) in place of alpha / rank."""
     targets: tuple[str, ...] = ("q", "k", "v", "out")
-    """Layers that get an adapter, by the end of their name: `q` (both streams), `img.mlp_in`, `mod`, `blocks.0.txt.k`."""
+    """Layers with an adapter, by the end of their name: `q` (both streams), `img.mlp_in`, `mod`, `blocks.0.txt.k`."""
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))

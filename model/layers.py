@@ -4,6 +4,7 @@ Shape legend: S samples, L tokens of a stream on this rank, D width, H heads on 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from model.config import MMDiTConfig
 from model.ops import Ops
-from model.packing import Pack
-from model.rope import apply_rope
+from model.packing import Pack, Rows
+from model.rope import norm_rotate
 
 EPS = 1e-6
 
@@ -36,12 +37,30 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoid(sigma).to(dtype))))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor) -> Tensor:
-    """AdaLN: LayerNorm without affine, then x * (1 + scale) + shift with the row of each token's sample.
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
+    """AdaLN: LayerNorm without affine, then x * (1 + scale) + shift with each token's row.
 
-    x [L, D]; shift, scale [S, D]; sample [L].
+    x [L, D]; shift, scale [R, D]. Over a run of tokens with one row, this is LayerNorm with that row as its weights.
     """
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[sample]) + shift[sample]
+    if rows.runs is None or torch.compiler.is_compiling():
+        return torch.addcmul(rows.one_hot @ shift, F.layer_norm(x, x.shape[-1:], eps=EPS), rows.one_hot @ scale + 1)
+    weight, bias = (1 + scale).unbind(), shift.unbind()
+    return _by_run(lambda row, x: F.layer_norm(x, x.shape[-1:], weight[row], bias[row], EPS), rows.runs, x)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor, rows: Rows) -> Tensor:
+    """x + gate * y with each token's row of gate [R, D]."""
+    if rows.runs is None or torch.compiler.is_compiling():
+        return torch.addcmul(x, rows.one_hot @ gate, y)
+    gates = gate.unbind()
+    return _by_run(lambda row, x, y: torch.addcmul(x, gates[row], y), rows.runs, x, y)
+
+
+def _by_run(function: Callable[..., Tensor], runs: tuple[tuple[int, int], ...], *streams: Tensor) -> Tensor:
+    lengths = [length for length, _ in runs]
+    pieces = zip(*(s.split(lengths) for s in streams), strict=True)
+    out = [function(row, *piece) for (_, row), piece in zip(runs, pieces, strict=True)]
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 class Stream(nn.Module):
@@ -56,20 +75,21 @@ class Stream(nn.Module):
         self.out = ops.row(d, d)
         self.mlp_in, self.mlp_out = ops.column(d, 4 * d), ops.row(4 * d, d)
 
-    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, sample: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (normalised, rotated) and values, each [L, H, K]."""
-        x = modulate(x, shift, scale, sample)
+        x = modulate(x, shift, scale, rows)
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
-        return apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v
+        q, k = norm_rotate(q, self.q_norm.weight, EPS, rope), norm_rotate(k, self.k_norm.weight, EPS, rope)
+        return q, k, v
 
-    def add_attention(self, x: Tensor, attention: Tensor, gate: Tensor, sample: Tensor) -> Tensor:
+    def add_attention(self, x: Tensor, attention: Tensor, gate: Tensor, rows: Rows) -> Tensor:
         """Gated residual of the attention's heads [L, H, K]."""
-        return x + gate[sample] * self.out(attention.flatten(1))
+        return add_gated(x, self.out(attention.flatten(1)), gate, rows)
 
-    def add_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, sample: Tensor) -> Tensor:
+    def add_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rows: Rows) -> Tensor:
         """Gated residual of the MLP."""
-        h = F.gelu(self.mlp_in(modulate(x, shift, scale, sample)), approximate="tanh")
-        return x + gate[sample] * self.mlp_out(h)
+        h = F.gelu(self.mlp_in(modulate(x, shift, scale, rows)), approximate="tanh")
+        return add_gated(x, self.mlp_out(h), gate, rows)
 
 
 class Block(nn.Module):
@@ -88,22 +108,22 @@ class Block(nn.Module):
                 module.requires_grad_(False)
 
     def forward(
-        self, img: Tensor, txt: Tensor, img_temb: Tensor, txt_temb: Tensor, img_row: Tensor, txt_row: Tensor,
-        img_rope: tuple[Tensor, Tensor], txt_rope: tuple[Tensor, Tensor], pack: Pack,
+        self, img: Tensor, txt: Tensor, img_temb: Tensor, txt_temb: Tensor, img_rows: Rows, txt_rows: Rows,
+        img_rope: Tensor, txt_rope: Tensor, pack: Pack,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """img [L, D], txt [L, D]; *_temb = SiLU(time embedding) [rows, D]; *_row [L] the row that modulates a token."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img.mod(img_temb).chunk(6, dim=-1)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = self.txt.mod(txt_temb).chunk(6, dim=-1)
-        image = self.img.qkv(img, shift1, scale1, img_row, img_rope)
-        text = self.txt.qkv(txt, t_shift1, t_scale1, txt_row, txt_rope)
+        image = self.img.qkv(img, shift1, scale1, img_rows, img_rope)
+        text = self.txt.qkv(txt, t_shift1, t_scale1, txt_rows, txt_rope)
         q, k, v = (torch.cat(pair) for pair in zip(text, image, strict=True))
         heads = self.attention(q, k, v, pack)
         n_txt = len(text[0])
-        img = self.img.add_attention(img, heads[n_txt:], gate1, img_row)
-        img = self.img.add_mlp(img, shift2, scale2, gate2, img_row)
+        img = self.img.add_attention(img, heads[n_txt:], gate1, img_rows)
+        img = self.img.add_mlp(img, shift2, scale2, gate2, img_rows)
         if not self.last:
-            txt = self.txt.add_attention(txt, heads[:n_txt], t_gate1, txt_row)
-            txt = self.txt.add_mlp(txt, t_shift2, t_scale2, t_gate2, txt_row)
+            txt = self.txt.add_attention(txt, heads[:n_txt], t_gate1, txt_rows)
+            txt = self.txt.add_mlp(txt, t_shift2, t_scale2, t_gate2, txt_rows)
         return img, txt
 
 
@@ -115,6 +135,6 @@ class OutputLayer(nn.Module):
         self.mod = ops.modulation(config.width, 2 * config.width)
         self.proj = ops.replicated(config.width, config.in_channels)
 
-    def forward(self, x: Tensor, temb: Tensor, sample: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, rows: Rows) -> Tensor:
         scale, shift = self.mod(temb).chunk(2, dim=-1)
-        return self.proj(modulate(x, shift, scale, sample))
+        return self.proj(modulate(x, shift, scale, rows))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.config import MMDiTConfig
 from model.layers import EPS, Block, OutputLayer, TimeEmbedding
 from model.ops import Ops, full_shape, local_shard
-from model.packing import ModelInputs
+from model.packing import ModelInputs, Rows
 from model.rope import rope_table
 
 
@@ -54,25 +54,35 @@ class MMDiT(nn.Module):
         txt = self.txt_in(self.txt_norm(ops.shard_tokens(inputs.txt).to(dtype)))
 
         temb = txt_temb = F.silu(self.time(inputs.sigma, dtype))
-        rows, img_row, txt_row = len(inputs.sigma), pack.img_sample, pack.txt_sample
-        if inputs.sigma_row is not None:
-            img_row, txt_row = inputs.sigma_row[img_row], inputs.sigma_row[txt_row]
         if self.config.zero_cond_t:  # references are modulated by the rows of sigma = 0
             temb = torch.cat([temb, F.silu(self.time(torch.zeros_like(inputs.sigma), dtype))])
-            reference = torch.arange(len(img_row), device=img_row.device) >= pack.n_target
-            img_row = img_row + reference * rows
-        img_row, txt_row = ops.shard_tokens(img_row), ops.shard_tokens(txt_row)
+        img_rows, txt_rows, out_rows = self._rows(inputs, temb)
         img_rope, txt_rope = (
-            tuple(ops.shard_context(t) for t in rope_table(p, self.config.axes_dims_rope))
-            for p in (pack.img_pos, pack.txt_pos)
+            ops.shard_context(rope_table(p, self.config.axes_dims_rope)) for p in (pack.img_pos, pack.txt_pos)
         )
         for block in self.blocks:
-            img, txt = block(img, txt, temb, txt_temb, img_row, txt_row, img_rope, txt_rope, pack)
+            img, txt = block(img, txt, temb, txt_temb, img_rows, txt_rows, img_rope, txt_rope, pack)
 
         if ops.shards == 1:
-            img, img_row = img[: pack.n_target], img_row[: pack.n_target]
-        velocity = self.output(img, txt_temb, img_row % rows)
+            img = img[: pack.n_target]
+        velocity = self.output(img, txt_temb, out_rows)
         return ops.gather_tokens(velocity)[: pack.n_target]
+
+    def _rows(self, inputs: ModelInputs, like: Tensor) -> tuple[Rows, Rows, Rows]:
+        """Modulation rows of this rank's image tokens, text tokens and output tokens."""
+        pack, levels = inputs.pack, len(inputs.sigma)
+        own = list(inputs.sigma_row or range(pack.n_samples))
+        clean = [row + levels for row in own] if self.config.zero_cond_t else own
+        n_img, n_txt = len(inputs.img), len(inputs.txt)
+        n_out = pack.n_target if self.ops.shards == 1 else n_img
+        rows = (
+            Rows.of(pack.target_lengths + pack.reference_lengths, own + clean, n_img, len(like), like),
+            Rows.of([s.txt for s in pack.shapes], own, n_txt, levels, like),
+            Rows.of(pack.target_lengths, own, n_out, levels, like),
+        )
+        if self.ops.shards == 1:
+            return rows
+        return tuple(Rows(self.ops.shard_tokens(r.one_hot), None) for r in rows)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "MMDiT":

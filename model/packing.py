@@ -102,6 +102,11 @@ class Pack:
         return [math.prod(s.target) for s in self.shapes]
 
     @cached_property
+    def reference_lengths(self) -> list[int]:
+        """Reference tokens of each sample; references follow the targets."""
+        return [sum(map(math.prod, s.references)) for s in self.shapes]
+
+    @cached_property
     def n_target(self) -> int:
         return sum(self.target_lengths)
 
@@ -145,6 +150,30 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Which row of a modulation table [R, D] each token of a stream takes; the tail takes none, or any."""
+
+    one_hot: Tensor
+    """[L, R]: `one_hot @ table` gives each token its row (and sums gradients over tokens by a matrix product)."""
+    runs: tuple[tuple[int, int], ...] | None
+    """The same as (length, row) of consecutive runs, where a whole stream is on this rank."""
+
+    @classmethod
+    def of(cls, lengths: list[int], rows: list[int], total: int, n_rows: int, like: Tensor) -> "Rows":
+        """Rows of consecutive runs of `lengths` in a stream of `total` tokens; `like` gives device and dtype."""
+        tail = total - sum(lengths)
+        runs: list[tuple[int, int]] = []
+        for length, row in [*zip(lengths, rows, strict=True), (tail, rows[-1])]:
+            if runs and runs[-1][1] == row:
+                runs[-1] = (runs[-1][0] + length, row)
+            elif length:
+                runs.append((length, row))
+        index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
+        one_hot = torch.zeros(total, n_rows).index_put_((torch.arange(total - tail), index), torch.ones(()))
+        return cls(one_hot.to(like.device, like.dtype), tuple(runs))
+
+
+@dataclass(frozen=True)
 class ModelInputs:
     """One forward pass of the MMDiT."""
 
@@ -159,12 +188,11 @@ class ModelInputs:
     """[n_target, C] what an objective compares the output with; unused by the model."""
     weight: Tensor | None = None
     """[S] what an objective needs a sample for; unused by the model."""
-    sigma_row: Tensor | None = None
-    """[S] row of `sigma` that each sample has (default: its own), so that samples at one noise level are modulated by
-    one row."""
+    sigma_row: tuple[int, ...] | None = None
+    """The row of `sigma` that each sample has (default: its own), so that samples at one noise level share a row."""
 
     def to(self, device: torch.device | str) -> "ModelInputs":
-        tensors = ("img", "txt", "sigma", "target", "weight", "sigma_row")
+        tensors = ("img", "txt", "sigma", "target", "weight")
         moved = {name: x.to(device) for name in tensors if (x := getattr(self, name)) is not None}
         return replace(self, pack=self.pack.to(device), **moved)
 

@@ -6,7 +6,10 @@ extends the same coordinates outwards; text continues along the diagonal, where 
 Shape legend: L tokens, H heads, K head dim.
 """
 
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_POSITION = 4096
@@ -41,18 +44,75 @@ def text_positions(length: int, image_sizes: list[tuple[int, int, int]]) -> Tens
     return torch.arange(start, start + length)[:, None].expand(length, 3)
 
 
-def rope_table(positions: Tensor, axes_dims: tuple[int, int, int], theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin, each fp32 [L, K/2], for positions [L, 3]; the K/2 pairs are split over the axes by `axes_dims`."""
-    angles = []
-    for axis, dim in enumerate(axes_dims):
-        exponent = torch.arange(0, dim, 2, device=positions.device).to(torch.float32).div(dim)
-        angles.append(torch.outer(positions[:, axis].float(), 1.0 / torch.pow(theta, exponent)))
-    angle = torch.cat(angles, dim=1)
-    return angle.cos(), angle.sin()
+def rope_table(positions: Tensor, axes_dims: tuple[int, int, int], theta: float = 10000.0) -> Tensor:
+    """(cos, sin), fp32 [L, K/2, 2], for positions [L, 3]; the K/2 pairs are split over the axes by `axes_dims`."""
+    tables = _axis_tables(tuple(axes_dims), theta, positions.device)
+    return torch.cat([table[positions[:, axis] + MAX_POSITION] for axis, table in enumerate(tables)], dim=1)
 
 
-def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+@lru_cache(maxsize=8)
+def _axis_tables(axes_dims: tuple[int, ...], theta: float, device: torch.device) -> list[Tensor]:
+    """For each axis, (cos, sin) [2 * 4096, dim/2, 2] of every position."""
+    positions = torch.arange(-MAX_POSITION, MAX_POSITION, dtype=torch.float32)
+    tables = []
+    for dim in axes_dims:
+        angle = torch.outer(positions, 1.0 / torch.pow(theta, torch.arange(0, dim, 2, dtype=torch.float32).div(dim)))
+        tables.append(torch.stack((angle.cos(), angle.sin()), dim=-1).to(device))
+    return tables
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs of x [L, H, K] by the table's angles, in fp32; returns x's dtype."""
-    cos, sin = (t[:, None, :] for t in table)
+    cos, sin = table[:, None].unbind(-1)
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def norm_rotate(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:
+    """RMSNorm over the head dim of x [L, H, K], then `apply_rope`; keeps nothing but x for the backward pass."""
+    if torch.compiler.is_compiling():
+        return apply_rope(F.rms_norm(x, x.shape[-1:], weight, eps), table)
+    return _NormRotate.apply(x, weight, eps, torch.view_as_complex(table))
+
+
+class _NormRotate(torch.autograd.Function):
+    """y = R(n), n = w * xhat, xhat = x * r, r = (mean x^2 + eps)^-1/2, with R a product of complex numbers.
+
+    On the CPU it goes through the tokens in pieces that fit the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:
+        y, rms = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        for part in _pieces(x):
+            r = torch.linalg.vector_norm(x[part], dim=-1, keepdim=True, dtype=torch.float32)
+            r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            y[part] = _turn((x[part] * r).mul_(weight), table[part])
+            rms[part] = r
+        ctx.save_for_backward(x, weight, table, rms)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, table, rms = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for part in _pieces(x):
+            dn = _turn(grad[part], table[part].conj())
+            xhat = x[part] * rms[part]
+            product = dn * xhat
+            dweight += product.sum((0, 1))
+            mean = (product @ weight.float())[..., None].div_(-x.shape[-1])
+            dx[part] = dn.mul_(weight).addcmul_(xhat, mean).mul_(rms[part])
+        return dx, dweight.to(weight.dtype), None, None
+
+
+def _turn(x: Tensor, table: Tensor) -> Tensor:
+    """Multiply channel pairs of x [L, H, K], as complex numbers, by table [L, K/2]; fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2)
+
+
+def _pieces(x: Tensor) -> list[slice]:
+    step = max(1, 65536 // x[0].numel()) if x.device.type == "cpu" else len(x)
+    return [slice(start, start + step) for start in range(0, len(x), step)]

@@ -71,7 +71,7 @@ class Guidance:
         levels, row = torch.unique(sigma.cpu(), return_inverse=True)
         copies = 2 if self.guided else 1
         img = _fill([x] * copies + self._references, len(self.pack.img_pos))
-        return ModelInputs(img, self._txt, levels.to(x.device), self.pack, sigma_row=row.repeat(copies).to(x.device))
+        return ModelInputs(img, self._txt, levels.to(x.device), self.pack, sigma_row=tuple(row.tolist()) * copies)
 
     def combine(self, output: Tensor) -> Tensor:
         """Guided velocity [L, C] from the model's output on `inputs`; differentiable through both branches."""
