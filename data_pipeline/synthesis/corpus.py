@@ -55,9 +55,7 @@ class Corpus:
         room = target
         while room >= max(widths[0], 0.4 * target):
             stop = bisect.bisect_right(widths, room)
-            start = min(
-                bisect.bisect_left(widths, max(0.6 * room, least)), bisect.bisect_left(widths, widths[stop - 1])
-            )
+            start = bisect.bisect_left(widths, min(max(0.6 * min(room, widths[stop - 1]), least), widths[stop - 1]))
             passage = passages[rng.integers(start, stop)]
             if passage in parts:
                 break

@@ -32,7 +32,7 @@ _places = functools.cache(scenes.read_places)
 
 
 def _text(rng: np.random.Generator, side: int, sources: Sources, passage: str | None) -> Picture:
-    return pure.make(rng, draw_size(rng, side), _corpus(sources.corpus), _faces(), passage)
+    return pure.make(rng, side, _corpus(sources.corpus), _faces(), passage)
 
 
 def _shapes(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
@@ -105,10 +105,8 @@ class Recipe:
         Raises ValueError if there are too few text samples for that.
         """
         slots = [i for i in range(count) if self.kind(i) == "text"]
-        faces = _faces()
-        shown = passages_showing_all(
-            _corpus(self.sources.corpus), at_least, lambda text: any(face.covers(text) for face in faces)
-        )
+        can_show = functools.partial(pure.can_show, side=self.size, faces=_faces())
+        shown = passages_showing_all(_corpus(self.sources.corpus), at_least, can_show)
         generator(self.seed, 0, "passages").shuffle(shown)
         return spread(shown, slots)
 

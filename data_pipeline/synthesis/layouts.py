@@ -57,7 +57,7 @@ def make(
         language = list(template.wordings)[rng.integers(len(template.wordings))]
         wording = template.wordings[language]
         values = draw_fields(rng, wording, corpus)
-        sheet = None if values is None else _draw_sheet(rng, size, template, values, faces, views)
+        sheet = None if values is None else draw_sheet(rng, size, template, values, faces, views)
         drawn = None if sheet is None else render(sheet)
         if drawn is not None:
             caption = wording.captions[rng.integers(len(wording.captions))].format(**values)
@@ -71,7 +71,7 @@ def _sizes(template: Template, side: int) -> list[tuple[int, int]]:
     return [(h, w) for w, h in of_ratio]
 
 
-def _draw_sheet(rng, size, template: Template, values, faces, views: tuple[View, ...]) -> Sheet | None:
+def draw_sheet(rng, size, template: Template, values, faces, views: tuple[View, ...]) -> Sheet | None:
     height, width = size
     palette = template.palettes[rng.integers(len(template.palettes))]
     shown = tuple(e for e in template.elements if e.chance >= 1 or rng.random() < e.chance)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 NOT_AT_START = frozenset(
-    "!%),.:;?]}°’”…‰′″℃、。〃々〉》」』】〕〗〞！％），．：；？］｝～·・ー–—ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ"
+    "!%),.:;?]}°’”…‰′″℃、。〃々〉》」』】〕〗〞！％），．：；？］｝～·・ー–ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ"
 )
 NOT_AT_END = frozenset("([{$£¥#@‘“〈《「『【〔〖〝（［｛＄￥")
 DOUBLED = frozenset("—…")

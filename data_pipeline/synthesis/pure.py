@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.buckets import buckets
 from data_pipeline.synthesis.colors import CHINESE, NAMED, RGB, choose_pair, jitter
 from data_pipeline.synthesis.corpus import Corpus, language_of
 from data_pipeline.synthesis.fonts import Face, choose_face
 from data_pipeline.synthesis.line_breaking import has_chinese
-from data_pipeline.synthesis.picture import Picture
-from data_pipeline.synthesis.typesetting import Block, Style, fit_passage, shift
+from data_pipeline.synthesis.picture import Picture, draw_size
+from data_pipeline.synthesis.typesetting import Block, Style, fit_passage, set_passage, shift
 
 LEAST_PX = {"english": 14, "chinese": 16, "mixed": 16, "other": 16}
 """Smallest type that stays readable after a VAE with 8 x 8 pixels a latent."""
@@ -35,25 +36,42 @@ class Page:
 
 def make(
     rng: np.random.Generator,
-    size: tuple[int, int],
+    side: int,
     corpus: Corpus,
     faces: tuple[Face, ...],
     passage: str | None = None,
 ) -> Picture:
-    """A passage of the corpus (or the given one) in a random style.
+    """A passage of the corpus (or the given one) in a random style, at the area of a square of `side` pixels.
 
     A passage that no face covers, or that doesn't fit, is dropped whole and another one drawn. Raises ValueError if
     nothing can be drawn.
     """
     for _ in range(1000):
-        page, names = draw_page(rng, size, corpus, faces, passage)
+        page, names = draw_page(rng, draw_size(rng, side), corpus, faces, passage)
         drawn = None if page is None else render(page)
         if drawn is not None:
             image, block = drawn
             record = {"language": language_of(page.text), "font": page.style.face.name}
             return Picture(image, write_caption(rng, page, names, block), block.lines, record)
     what = "any passage of the corpus" if passage is None else repr(passage)
-    raise ValueError(f"no font here draws {what} so that it fits {size[1]}x{size[0]} pixels")
+    raise ValueError(f"no font here draws {what} so that it fits a picture of {side} px")
+
+
+def can_show(text: str, side: int, faces: tuple[Face, ...]) -> bool:
+    """Whether a face covers `text` and it fits some ratio at `side` pixels in the smallest type."""
+    face = next((face for face in faces if face.covers(text)), None)
+    px = _least_px(language_of(text), side)
+    return face is not None and any(
+        set_passage(text, Style(face, px), w - 2 * _margin(h, w), h - 2 * _margin(h, w)) for w, h in buckets(side)
+    )
+
+
+def _least_px(language: str, side: float) -> int:
+    return max(LEAST_PX[language], round(0.02 * side))
+
+
+def _margin(height: int, width: int) -> int:
+    return max(2, round(0.05 * min(height, width)))
 
 
 def draw_page(
@@ -69,7 +87,7 @@ def draw_page(
     names = choose_pair(rng)
     language = _draw_language(rng, corpus) if passage is None else language_of(passage)
     vertical = language == "chinese" and height >= 0.75 * width and rng.random() < 0.25
-    least_px = max(LEAST_PX[language], round(0.02 * side))
+    least_px = _least_px(language, side)
     px = round(least_px * (0.4 * side / least_px) ** rng.random())
     leading = rng.uniform(1.2, 1.7)
     tracking = rng.uniform(0.02, 0.15) if rng.random() < 0.2 else 0.0
@@ -102,7 +120,7 @@ def render(page: Page) -> tuple[np.ndarray, Block] | None:
     Without text it is a blank page.
     """
     height, width = page.size
-    margin = max(2, round(0.05 * min(height, width)))
+    margin = _margin(height, width)
     block = fit_passage(page.text, page.style, width - 2 * margin, height - 2 * margin, page.least_px)
     if block is None:
         return None

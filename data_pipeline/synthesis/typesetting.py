@@ -54,7 +54,10 @@ class Block:
 
 
 def set_passage(text: str, style: Style, width: int, height: int) -> Block | None:
-    """Draw `text` in a block of `width` x `height` pixels, from its top; None if it doesn't fit or can't be shaped."""
+    """Draw `text` in lines of `width` (columns of `height`, if vertical) pixels; the block is cut to its ink.
+
+    None if it doesn't fit into width x height or can't be shaped; an empty block for a text without ink.
+    """
     if _needs_shaping(text) and not features.check("raqm"):
         return None
     along = height if style.vertical else width
@@ -66,35 +69,28 @@ def set_passage(text: str, style: Style, width: int, height: int) -> Block | Non
     if pitch * (len(lines) - 1) + style.px > across:
         return None
     layers = [_draw_line(line, style, along, _is_last(lines, i, text)) for i, line in enumerate(lines)]
-    canvas = Image.new("L", (width, height))
+    margin = style.px
+    canvas = Image.new("L", (width + 2 * margin, height + 2 * margin))
     drawn = []
     for i, (line, layer) in enumerate(zip(lines, layers, strict=True)):
         ink = layer.getbbox()
         if ink is None:
             continue
-        margin = style.px
-        if style.vertical:
-            x, y = round(width - style.px - i * pitch) - margin, -margin
-        else:
-            x, y = -margin, round(i * pitch) - margin
+        x, y = (round(width - style.px - i * pitch), 0) if style.vertical else (0, round(i * pitch))
         box = (ink[0] + x, ink[1] + y, ink[2] + x, ink[3] + y)
-        if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
-            return None
-        canvas.paste(255, (box[0], box[1]), layer.crop(ink))
+        canvas.paste(255, box[:2], layer.crop(ink))
         drawn.append(Line(line, box))
-    return Block(np.asarray(canvas), tuple(drawn))
+    block = _trim(Block(np.asarray(canvas), tuple(drawn)))
+    return block if block.coverage.shape[0] <= height and block.coverage.shape[1] <= width else None
 
 
 def fit_passage(text: str, style: Style, width: int, height: int, least_px: int) -> Block | None:
-    """`set_passage` at the largest size from `style.px` down to `least_px` that fits, cut to its ink.
-
-    None if even the smallest doesn't fit; an empty block for a text without ink.
-    """
+    """`set_passage` at the largest size from `style.px` down to `least_px` that fits; None if none does."""
     px = style.px
     while px >= least_px:
         block = set_passage(text, replace(style, px=px), width, height)
         if block is not None:
-            return _trim(block)
+            return block
         px = min(px - 1, int(px * 0.92))
     return None
 
@@ -153,7 +149,7 @@ def _draw_line(line: str, style: Style, along: int, is_last: bool) -> Image.Imag
     if style.align == "justify" and not is_last and not _needs_shaping(line):
         units = split_units(line)
         if len(units) > 1 and slack < 0.35 * along:
-            spread = (along - sum(_advance(style, u) for u in units)) / (len(units) - 1)
+            spread = (along - 2 - sum(_advance(style, u) for u in units)) / (len(units) - 1)
             for unit in units:
                 draw.text((round(px + x), 2 * px), unit.rstrip(), 255, font, anchor="ls")
                 x += _advance(style, unit) + spread
