@@ -31,13 +31,12 @@ def main(config: Config) -> None:
     if not (config.export / "model_index.json").is_file():
         raise UserError(f"{config.export} is no diffusers folder; make one with `python model/export.py`")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import json
-
     import numpy as np
     import torch
     from diffusers import QwenImagePipeline
     from PIL import Image
 
+    from data_pipeline.atomic import write_json
     from demo.pictures import contact_sheet, data_uri
     from evaluation.source import load
     from model.packing import patchify
@@ -79,9 +78,7 @@ def main(config: Config) -> None:
         raise UserError(f"our pictures and diffusers' differ by more than {config.tolerance:g}")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     sheet = data_uri(contact_sheet(drawn[0] + drawn[1], len(PROMPTS), 128))
-    temporary = config.out.with_name(f".tmp-{config.out.name}")
-    temporary.write_text(json.dumps({**worst, "pictures": len(PROMPTS), "sheet": sheet}))
-    os.replace(temporary, config.out)
+    write_json(config.out, {**worst, "pictures": len(PROMPTS), "sheet": sheet})
 
 
 if __name__ == "__main__":

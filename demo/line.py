@@ -21,6 +21,7 @@ from typing import Literal
 
 try:
     from command_line import UserError, run
+    from data_pipeline.atomic import write_json
     from demo.recipes import RECIPES, Stage, stages
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
@@ -97,16 +98,6 @@ def fingerprint(stage: Stage, before: str) -> str:
     return hashlib.sha256(json.dumps([stage.name, stage.command, before]).encode()).hexdigest()[:16]
 
 
-def write_marker(path: Path, content: dict) -> None:
-    """Record that a stage is finished, atomically and durably."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as f:
-        json.dump(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 def run_line(line: list[Stage], out: Path) -> None:
     """Run every stage that is not finished yet. Raises UserError naming the stage that failed."""
     markers = out / "finished"
@@ -126,7 +117,7 @@ def run_line(line: list[Stage], out: Path) -> None:
             raise KeyboardInterrupt
         if status:
             raise UserError(f"stage {stage.name} ended with status {status}; mend the cause and run the same command")
-        write_marker(marker, {"fingerprint": mark, "seconds": round(time.monotonic() - start, 1)})
+        write_json(marker, {"fingerprint": mark, "seconds": round(time.monotonic() - start, 1)})
         if stage.page:
             print(f"    open {stage.page}", flush=True)
     print(f"\nfinished in {time.monotonic() - begin:.0f} s; open {out / 'report' / 'index.html'}", flush=True)

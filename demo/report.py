@@ -43,7 +43,7 @@ def spread(samples: list, count: int) -> list:
     return [samples[i * len(samples) // count] for i in range(count)]
 
 
-def reconstructions(line: Path, samples: list, count: int = 8, side: int = 128):
+def reconstructions(line: Path, samples: list, count: int = 8, side: int = 144):
     """Rows: originals, image decoder, video decoder; or None before a VAE is there."""
     folder = next((line / f for f in ("image-decoder", "vae") if (line / f / "vae").is_dir()), None)
     if folder is None:
@@ -136,28 +136,30 @@ def main(config: Config) -> None:
         raise UserError(f"{config.line} holds no line yet; run `make quick` first")
     import jinja2
 
-    from demo.pictures import contact_sheet, data_uri, decode
+    from data_pipeline.atomic import atomic_file
+    from demo.pictures import contact_sheet, data_uri, decode, stack
 
     samples, folder = raw_samples(config.line), config.line / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    sheet = contact_sheet([decode(s.image) for s in spread(samples, 48)], 12, 96)
-    page = {"stages": stage_table(config.line), "data": data_uri(sheet), "name": config.line.name, "config": config}
+    sheets = [contact_sheet([decode(s.image) for s in spread(samples, 24)], 12, 96)]
+    page = {"stages": stage_table(config.line), "name": config.line.name, "config": config}
+    page["data"] = data_uri(contact_sheet([decode(s.image) for s in spread(samples, 48)], 12, 96))
     if found := reconstructions(config.line, samples):
-        page["reconstructions"], page["reconstruction_rows"] = data_uri(found[0]), found[1]
-        found[0].save(folder / "reconstructions.png")
+        picture, page["reconstruction_rows"] = found
+        page["reconstructions"] = data_uri(picture)
+        sheets.append(picture)
     if plot := curves(config.line):
         page["curves"] = data_uri(plot)
     if drawn := drawings(config, samples):
         rows, page["models"], page["prompts"] = drawn
         page["drawings"] = [[data_uri(picture) for picture in row] for row in rows]
-        contact_sheet([p for row in rows for p in row], config.prompts, config.size).save(folder / "pictures.png")
+        sheets.append(contact_sheet([p for row in rows for p in row], config.prompts, 144))
+    stack(sheets).save(folder / "overview.png")
     compared = folder / "compare.json"
     page["compare"] = json.loads(compared.read_text()) if compared.exists() else None
-    sheet.save(folder / "data.png")
     template = jinja2.Template((Path(__file__).parent / "report.html").read_text(), autoescape=True)
-    temporary = folder / ".tmp-index.html"
-    temporary.write_text(template.render(page))
-    temporary.replace(folder / "index.html")
+    with atomic_file(folder / "index.html") as file:
+        file.write(template.render(page).encode())
     print(f"wrote {folder / 'index.html'}")
 
 
