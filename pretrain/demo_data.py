@@ -14,13 +14,24 @@ COMPONENTS = FOLDER / "components"
 MODEL = FOLDER / "pretrain-256"
 
 
+def demo_pictures() -> Path:
+    """Raw shards of the demo's pictures; rank 0 makes them if they are missing, the others wait for it."""
+    raw = FOLDER / "raw"
+    if not (raw / "shard-000000.tar").exists():
+        if os.environ.get("RANK", "0") == "0":
+            _run("data_pipeline/synthesize.py", "--count", 480, "--size", 128, "--out", raw)
+        while not (raw / "shard-000000.tar").exists():
+            time.sleep(1)
+    return raw
+
+
 def demo_data(side_px: int) -> tuple[Path, Path]:
     """(encoded data set, components) of the demo; rank 0 makes what is missing, the others wait for it."""
-    encoded, raw, vae = FOLDER / f"encoded-{side_px}", FOLDER / "raw", FOLDER / "vae"
+    encoded, vae = FOLDER / f"encoded-{side_px}", FOLDER / "vae"
     if not (encoded / "dataset.json").exists():
         if os.environ.get("RANK", "0") == "0":
+            raw = demo_pictures()
             if not COMPONENTS.exists():
-                _run("data_pipeline/synthesize.py", "--count", 480, "--size", 128, "--out", raw)
                 _run("vae/train.py", "--recipe", "base", "--data", raw, "--size", 64, "--steps", 100, "--out", vae)
                 _run("demo/components.py", "--vae", vae, "--out", COMPONENTS)
             where = ("--data", raw, "--components", COMPONENTS, "--res", side_px, "--out", encoded)

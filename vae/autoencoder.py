@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vae.config import PRESETS, VAEConfig
 from vae.diffusers_folder import read_vae_folder, write_vae_folder
-from vae.initial import initial_weight
+from vae.initial import initialize
 from vae.layers import Attention, CausalConv3d, Downsample, Past, ResidualBlock, RMSNorm, Upsample
 
 if TYPE_CHECKING:
@@ -144,12 +144,8 @@ class VAE(nn.Module):
             self.video_decoder = copy.deepcopy(self.decoder)
 
     def initialize(self, seed: int) -> "VAE":
-        """Fill all weights at random, each tensor a function of (seed, its name) alone (see `initial_weight`)."""
-        for name, param in self.named_parameters():
-            param.data.copy_(initial_weight(name, param.shape, seed))
-        z = self.config.z_dim
-        self.quant_conv.weight.data[z:] = 0.0
-        self.quant_conv.bias.data[z:] = -6.0
+        """Fill all weights as `vae.initial` says, a function of the seed."""
+        initialize(self, seed)
         return self
 
     def forward(self, inputs: "Crops") -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -5,14 +5,19 @@ Everything drawn is a function of (seed, epoch, key). Shape legend: B samples, T
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pretrain.randomness import Randomness
+
+class Randomness(Protocol):
+    """Numbers that are a function of (seed, epoch, key, purpose), as `pretrain.randomness` has them."""
+
+    def uniform(self, key: str, epoch: int, purpose: str, shape: tuple[int, ...]) -> Tensor: ...
+
+    def normal(self, key: str, epoch: int, purpose: str, shape: tuple[int, ...]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Crops:
         return Crops(*(tuple(t.to(device) for t in ts) for ts in (self.pixels, self.noise)))
 
 
-def draw_crop(source: Source, rng: "Randomness", side: int, least_area: int) -> Tensor:
+def draw_crop(source: Source, rng: Randomness, side: int, least_area: int) -> Tensor:
     """A crop [3, T, side, side] in [-1, 1], at a scale between the source's own and that of area least_area^2.
 
     The scale is log-uniform; a source smaller than the crop is enlarged.

@@ -1,17 +1,14 @@
 """The VAE's training objective: reconstruction, perceptual and KL terms of crops."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vae.crops import Crops, Source, draw_crop
+from vae.crops import Crops, Randomness, Source, draw_crop
 from vae.losses import balanced, kl, per_sample_mean
 from vae.perceptual import GradientPyramid
-
-if TYPE_CHECKING:
-    from pretrain.randomness import Randomness
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Reconstruction:
     """Decode a sample of the posterior (while the encoder learns) or its mode."""
     perceptual: nn.Module = field(default_factory=GradientPyramid)
 
-    def prepare(self, batch: list[Source], rng: "Randomness", frozen: Any, align: int) -> Crops:
+    def prepare(self, batch: list[Source], rng: Randomness, frozen: Any, align: int) -> Crops:
         groups: dict[int, list[Tensor]] = {}
         noise: dict[int, list[Tensor]] = {}
         for source in batch:

@@ -50,7 +50,9 @@ def test_encode_and_decode_equal_diffusers(preset, kind, frames):
         torch.testing.assert_close(mean, expected.mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logvar, expected.logvar, rtol=1e-5, atol=1e-5)
 
-        std, shift = (torch.tensor(getattr(vae.config, n)).view(1, 16, 1, 1, 1) for n in ("latents_std", "latents_mean"))
+        std, shift = (
+            torch.tensor(getattr(vae.config, n)).view(1, 16, 1, 1, 1) for n in ("latents_std", "latents_mean")
+        )
         torch.testing.assert_close(vae.encode_latent(x), (expected.mode() - shift) / std, rtol=1e-5, atol=1e-5)
 
         z = torch.randn(mean.shape, generator=torch.Generator().manual_seed(9))
@@ -117,7 +119,9 @@ def test_two_decoders_export_and_reload_bit_for_bit(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(back.decode_latent(z), video.decode(back.denormalise(z)).sample, rtol=0, atol=1e-5)
         one = z[:, :, :1]
-        torch.testing.assert_close(back.decode_latent(one), image.decode(back.denormalise(one)).sample, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            back.decode_latent(one), image.decode(back.denormalise(one)).sample, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", DIFFUSERS)
