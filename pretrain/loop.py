@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pretrain.objective import Objective
 
 
+IMPATIENT_S = 3.0
+"""A signal that comes so long after the first one asks to stop at once."""
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """Length of a run and when it saves."""
@@ -63,7 +67,7 @@ def train(
 ) -> None:
     """Train until `config.steps` steps are done or `batches` end.
 
-    SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt; a second signal does not wait.
+    SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt; one that comes later does not wait.
     """
     from pretrain.randomness import Randomness
 
@@ -110,12 +114,16 @@ def save(engine: "Engine", batches: Batches, run: RunFolder, keep: int) -> None:
 
 @contextmanager
 def interruptions() -> Iterator[Any]:
-    """A function that says whether SIGINT or SIGTERM came; the second one raises KeyboardInterrupt at once."""
-    received: list[int] = []
+    """A function that says whether SIGINT or SIGTERM came.
+
+    A further one raises KeyboardInterrupt at once, unless it comes within seconds: Ctrl-C reaches a worker of torchrun
+    twice, from the terminal and from torchrun.
+    """
+    received: list[float] = []
 
     def handler(number: int, frame: Any) -> None:
-        received.append(number)
-        if len(received) > 1:
+        received.append(time.monotonic())
+        if received[-1] - received[0] > IMPATIENT_S:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

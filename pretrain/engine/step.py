@@ -92,6 +92,7 @@ class Engine:
         self.weights_changed()
 
     def weights_changed(self) -> None:
+        """Say that weights were set from outside: masters follow, the average starts over, copies are dropped."""
         self.optimizer.reload_model_params()
         self.ema.reset()
         self._copies.clear()

@@ -118,8 +118,12 @@ def count_rows(folder: Path) -> int:
 
 
 def interrupted_loop(rank: int, folder: Path, number: int, at: int) -> str:
+    def twice() -> None:  # as Ctrl-C under torchrun
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
     try:
-        train(folder, CONFIGURATION, hooks=[At(lambda: os.kill(os.getpid(), number), (at,))])
+        train(folder, CONFIGURATION, hooks=[At(twice, (at,))])
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"
