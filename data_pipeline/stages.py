@@ -42,7 +42,7 @@ class Stage:
 REPORT = (
     Stage(1, "files", (
         Rule("broken", most=0),
-        Rule("file_size", least=0.04, exempt=SYNTHETIC),
+        Rule("file_size", least=0.045, exempt=SYNTHETIC),
         Rule("resolution", least=256),
         Rule("aspect_ratio", most=3.2),
     )),

@@ -1,7 +1,12 @@
+import contextlib
 import io
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +39,29 @@ def run_entry(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
         except SystemExit as end:
             code = end.code
         return subprocess.CompletedProcess(script, code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def kill_entry(monkeypatch: pytest.MonkeyPatch):
+    """kill_entry(script, *flags, once): run an entry in a forked process and kill -9 it as soon as `once()` is true."""
+
+    def call(script: str, *flags: object, once: Callable[[], bool]) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path[1:]])
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            finally:
+                os._exit(0)
+        while not once() and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
     return call
 

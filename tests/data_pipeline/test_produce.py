@@ -1,10 +1,6 @@
 import filecmp
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +16,6 @@ from data_pipeline.sample import RawSample
 from data_pipeline.shards import read_encoded, shard_name, write_raw
 from model.conditioner import Conditioner
 from vae.autoencoder import VAE
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +109,14 @@ def test_the_command_makes_a_data_set_that_trains_and_is_not_redone(raw_folder: 
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
-def test_killed_and_run_again_gives_the_same_bytes(raw_folder: Path, produce, components: Path, tmp_path: Path):
+def test_killed_and_run_again_gives_the_same_bytes(
+    raw_folder: Path, produce, components: Path, tmp_path: Path, kill_entry
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert produce(raw_folder, whole).returncode == 0
-    command = [sys.executable, "data_pipeline/produce.py", "--data", raw_folder, "--components", components]
-    process = subprocess.Popen([*command, "--out", killed], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(killed.glob("shard*.tar")):
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    flags = ("--data", raw_folder, "--components", components, "--out", killed)
+    for pattern in (".tmp-*.tar", "shard-000001.tar"):
+        kill_entry("data_pipeline/produce.py", *flags, once=lambda pattern=pattern: any(killed.glob(pattern)))
     (killed / f".tmp-gone-1-{shard_name(2)}").write_bytes(b"half a shard")
     assert produce(raw_folder, killed).returncode == 0
     assert not list(killed.glob(".tmp*"))
