@@ -43,7 +43,7 @@ class Config(RunConfig):
     """Side of the (square) pictures, a multiple of 16. Default: what --init was trained at."""
     sampling_steps: int = 12 if TOY else 40
     cfg_scale: float = 4.0
-    beta: float = 1000.0
+    beta: float = 200.0 if TOY else 1000.0
     """Weight of the error gap, which is a mean over a latent's elements (Diffusion-DPO's 2000 is 1000 here)."""
     batch_size: int = 16 if TOY else 128
     """Pairs in a step, over all ranks."""
@@ -64,16 +64,29 @@ def main(given: Config) -> None:
 
     from data_pipeline.loader import Loader
     from posttrain.objectives import DiffusionDPO
-    from posttrain.preference import PairDataset
+    from posttrain.preference import PairDataset, is_finished, list_judged
+    from posttrain.prompts import read_prompts
+    from posttrain.rewards import WeightedRewards
     from pretrain.loop import train
     from pretrain.run_folder import RunFolder
     from pretrain.samples import SampleHook
     from vae.autoencoder import VAE
 
+    encoded = config.pairs is not None and (config.pairs / "dataset.json").is_file()
+    folder = config.pairs if encoded else config.out / "pairs"
+    if encoded or is_finished(folder, pair_settings(config)):
+        missing, reward = [], None
+    elif config.pairs is not None:
+        missing, reward = list_judged(config.pairs), None
+    else:
+        missing, reward = read_prompts(config.prompts), WeightedRewards(config.rewards)
+
     engine = begin(config, given.init)
     try:
         run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
-        dataset = PairDataset(pairs_folder(config, engine), config.num_pairs if config.pairs is None else None)
+        if missing:
+            make_pairs(folder, missing, reward, config, engine)
+        dataset = PairDataset(folder, config.num_pairs if config.pairs is None else None)
         engine.snapshot("reference")
         batches = Loader(
             dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
@@ -87,43 +100,32 @@ def main(given: Config) -> None:
         engine.close()
 
 
-def pairs_folder(config: Config, engine) -> Path:
-    """Encoded pairs: the given folder, or one below --out that is made, by encoding or drawing, if it is missing."""
-    if config.pairs is not None and (config.pairs / "dataset.json").is_file():
-        return config.pairs
-
-    from posttrain.preference import PairDrawing, encode_pair, is_finished, list_judged, write_pairs
-
-    folder = config.out / "pairs"
-    if is_finished(folder, settings := pair_settings(config)):
-        return folder
+def make_pairs(folder: Path, items: list, reward, config: Config, engine) -> None:
+    """Draw pairs for prompts and judge them by `reward`, or encode judged pictures. UserError if that gives none."""
     from functools import partial
 
     from data_pipeline.encoding import Encoder
-    from posttrain.prompts import read_prompts
-    from posttrain.rewards import WeightedRewards
+    from posttrain.preference import PairDrawing, encode_pair, write_pairs
     from pretrain.randomness import Randomness
 
     painter = artist(engine, config.components)
     encoder = Encoder(painter.conditioner, painter.vae, config.size_px)
-    if config.pairs is not None:
-        items, make = list_judged(config.pairs), partial(encode_pair, encoder)
-        wanted = len(items)
+    if reward is None:
+        make, wanted = partial(encode_pair, encoder), len(items)
     else:
         drawing = PairDrawing(
-            painter, WeightedRewards(config.rewards), config.size_px, config.pictures, config.min_gap,
-            config.sampling_steps, config.cfg_scale, Randomness(config.loop.seed),
+            painter, reward, config.size_px, config.pictures, config.min_gap, config.sampling_steps, config.cfg_scale,
+            Randomness(config.loop.seed),
         )  # fmt: skip
-        items, make, wanted = read_prompts(config.prompts), drawing.pairs, config.num_pairs
+        make, wanted = drawing.pairs, config.num_pairs
     with progress(wanted, "pairs", "pair") as bar:
         show = lambda found: bar.update(min(found, wanted) - bar.n)  # noqa: E731
-        found = write_pairs(folder, settings, items, make, wanted, encoder, engine, show)
+        found = write_pairs(folder, pair_settings(config), items, make, wanted, encoder, engine, show)
     if not found:
         raise UserError(
             f"of {len(items)} prompts none had two pictures whose rewards differ by {config.min_gap}: train the model "
             "longer, lower --min-gap, or give --pairs"
         )
-    return folder
 
 
 def pair_settings(config: Config) -> dict:

@@ -82,10 +82,12 @@ def main(given: Config) -> None:
 
     from posttrain.objectives import FlowGRPO
     from posttrain.rewards import WeightedRewards
-    from posttrain.rollout import Rollouts
+    from posttrain.rollout import Rollouts, random_steps
     from pretrain.loop import train
     from pretrain.run_folder import RunFolder
 
+    random_steps(config.sampling_steps, config.window, 0.0)  # refuses what does not fit before anything is written
+    reward = WeightedRewards(config.rewards)
     engine = begin(config, given.init)
     try:
         run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
@@ -97,7 +99,7 @@ def main(given: Config) -> None:
         batches = Rollouts(
             engine=engine,
             artist=painter,
-            reward=WeightedRewards(config.rewards),
+            reward=reward,
             objective=objective,
             prompts=prompts,
             prompts_per_update=config.prompts_per_update,

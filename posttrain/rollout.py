@@ -185,7 +185,6 @@ class Rollouts:
                 f"{self.prompts_per_update} prompts an update leave some of the {self.engine.dp_size} data-parallel "
                 "ranks without a group; raise --prompts-per-update"
             )
-        random_steps(self.steps, self.window, 0.0)
         self.rng = Randomness(self.seed)
         self._cursor = (0, 0)
         self._rollout: list[list[Transition]] = []

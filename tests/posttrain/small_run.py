@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from model.config import MMDiTConfig
+from pretrain.engine.config import EngineConfig, OptimizerConfig
 
 CONFIG = MMDiTConfig(2, 2, 16, joint_attention_dim=128, axes_dims_rope=(4, 6, 6))
 SIZE_PX = 32
@@ -34,7 +35,6 @@ def make_run(rank: int, folder: Path, components: Path) -> None:
     from command_line import write_toml
     from data_pipeline.sample import EncodedSample
     from posttrain.flow_grpo import Config
-    from pretrain.engine.config import EngineConfig, OptimizerConfig
     from pretrain.engine.step import Engine
     from pretrain.objective import VelocityMSE
     from pretrain.randomness import Randomness
@@ -52,12 +52,10 @@ def run_entry(rank: int, name: str, steps: int, save_every: int, lr: float = 1e-
     """`python posttrain/NAME.py` with these settings."""
     os.environ["RANK"] = str(rank)
     entry = importlib.import_module(f"posttrain.{name}")
-    config = entry.Config()
-    optimizer = replace(config.engine.optimizer, lr=lr, warmup_steps=0)
+    config = replace(entry.Config(), **settings)
     config = replace(
         config,
         loop=replace(config.loop, steps=steps, save_every=save_every),
-        engine=replace(config.engine, optimizer=optimizer),
-        **settings,
+        engine=replace(config.engine, optimizer=OptimizerConfig(lr=lr, warmup_steps=0), ema_decay=0.9),
     )
     entry.main(config)

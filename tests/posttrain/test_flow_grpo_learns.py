@@ -63,10 +63,10 @@ def learn(rank: int, folder: Path, lr: float, kind: str, cfg_scale: float) -> tu
 
 @pytest.mark.parametrize("kind, cfg_scale", [("flow-grpo", 2.0), ("cps", 1.0)])
 def test_reward_rises(kind, cfg_scale, tmp_path):
-    before, after, kl = run_world(1, learn, tmp_path, 3e-3, kind, cfg_scale)[0]
+    before, after, kl = run_world(1, learn, tmp_path, 3e-3, kind, cfg_scale, deadline_s=400)[0]
     assert after > before + 0.08 and kl > 0
 
 
 def test_without_a_learning_rate_nothing_rises(tmp_path):
-    before, after, kl = run_world(1, learn, tmp_path, 0.0, "flow-grpo", 2.0)[0]
+    before, after, kl = run_world(1, learn, tmp_path, 0.0, "flow-grpo", 2.0, deadline_s=400)[0]
     assert after == before and kl == 0

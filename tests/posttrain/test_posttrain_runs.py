@@ -9,10 +9,15 @@ from small_run import run_entry
 from worlds import run_world, start
 
 from pretrain.engine.checkpoint import read_weights
+from pretrain.engine.config import EngineConfig, ParallelConfig
 from pretrain.run_folder import read_metrics
 
 GRPO = {"prompts_per_update": 2, "group": 3, "sampling_steps": 4, "window": 0, "cfg_scale": 2.0, "beta": 0.01}
 DPO = {"num_pairs": 20, "pictures": 3, "sampling_steps": 3, "min_gap": 1e-5, "batch_size": 4}
+
+
+DEADLINE_S = 400
+"""Generous, for machines that do other things as well; hangs are what it is for."""
 
 
 def entry(rank, name, steps, save_every, settings):
@@ -40,24 +45,30 @@ def killed(name: str, steps: int, settings: dict, moments) -> None:
 @pytest.mark.parametrize("name, steps, settings", [("flow_grpo", 4, GRPO), ("dpo", 10, DPO)])
 def test_a_killed_run_ends_as_if_it_had_not_been(name, steps, settings, init, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_world(1, entry, name, steps, 2, settings | {"init": init, "out": whole})
+    run_world(1, entry, name, steps, 2, settings | {"init": init, "out": whole}, deadline_s=DEADLINE_S)
     rows = lambda: len((cut / "metrics.jsonl").read_bytes().splitlines()) if (cut / "metrics.jsonl").exists() else 0  # noqa: E731
     moments = [lambda: rows() >= 1, lambda: rows() >= 3]
     if name == "dpo":
         moments.insert(0, lambda: (cut / "pairs" / "shard-000000.tar").exists())
     killed(name, steps, settings | {"init": init, "out": cut}, moments)
-    run_world(1, entry, name, steps, 2, settings | {"init": init, "out": cut})
+    run_world(1, entry, name, steps, 2, settings | {"init": init, "out": cut}, deadline_s=DEADLINE_S)
     assert_same_run(whole, cut)
     assert read_metrics(whole)[-1]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("name, settings", [("flow_grpo", GRPO | {"advantage_std": "batch"}), ("dpo", DPO)])
 def test_two_ranks_do_what_one_does(name, settings, init, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_world(1, entry, name, 2, 2, settings | {"init": init, "out": one})
-    run_world(2, entry, name, 2, 2, settings | {"init": init, "out": two})
-    for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
-    (_, a), (_, b) = read_weights(one), read_weights(two)
-    for n in a:
-        torch.testing.assert_close(a[n], b[n], rtol=1e-4, atol=2e-5)
+    """Data-parallel for both algorithms, tensor-parallel for the one that draws while it trains."""
+    one = tmp_path / "one"
+    run_world(1, entry, name, 2, 2, settings | {"init": init, "out": one}, deadline_s=DEADLINE_S)
+    layouts = {"dp2": EngineConfig()}
+    if name == "flow_grpo":
+        layouts["tp2"] = EngineConfig(ParallelConfig(tp=2))
+    for layout, engine in layouts.items():
+        two = tmp_path / layout
+        run_world(2, entry, name, 2, 2, settings | {"init": init, "out": two, "engine": engine}, deadline_s=DEADLINE_S)
+        for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        (_, a), (_, b) = read_weights(one), read_weights(two)
+        for n in a:
+            torch.testing.assert_close(a[n], b[n], rtol=1e-3, atol=1e-4)

@@ -100,11 +100,11 @@ def judged_folder(folder, keys=("cat", "a.dog")):
 def test_dpo_learns_from_judged_pictures(tmp_path, init, components):
     folder = judged_folder(tmp_path / "judged")
     settings = {"init": init, "out": tmp_path / "run", "pairs": folder, "batch_size": 2}
-    run_world(1, dpo, 2, settings)
+    run_world(1, dpo, 2, settings, deadline_s=400)
     rows = read_metrics(tmp_path / "run")
     assert rows[0]["accuracy"] == 0.5 and rows[1]["grad_norm"] > 0
     assert {p.key for p in map(PairDataset(tmp_path / "run" / "pairs").__getitem__, range(2))} == {"cat", "a_dog"}
-    run_world(1, dpo, 3, settings | {"pairs": tmp_path / "run" / "pairs", "out": tmp_path / "other"})
+    run_world(1, dpo, 3, settings | {"pairs": tmp_path / "run" / "pairs", "out": tmp_path / "other"}, deadline_s=400)
     assert read_metrics(tmp_path / "other")[:2] == rows
 
 
