@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 try:
     import tyro
@@ -23,9 +23,14 @@ try:
     from pretrain.engine.config import EngineConfig, OptimizerConfig
     from pretrain.loop import LoopConfig
     from pretrain.recipes import has_gpu
+    from pretrain.run_folder import RunFolder
     from vae.config import PRESETS
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+if TYPE_CHECKING:
+    from pretrain.engine.step import Engine
+    from vae.crops import Crops
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ for _name in ("base", "image-decoder"):
     RECIPES[_name, "tiny"] = replace(
         RECIPES[_name, "qwen-image"],
         preset="tiny", size=64, crop=32, frames=min(5, RECIPES[_name, "qwen-image"].frames), batch_size=16,
-        sample_every=200, statistics_samples=256, engine=_engine(3e-3, 20, 0.98), loop=LoopConfig(400, 200),
+        perceptual_ratio=0.2, sample_every=200, statistics_samples=256, engine=_engine(3e-3, 20, 0.98), loop=LoopConfig(400, 200),
     )  # fmt: skip
 
 
@@ -120,7 +125,7 @@ def main(config: Config) -> None:
     from data_pipeline.loader import Loader
     from pretrain.engine.step import Engine
     from pretrain.loop import train
-    from pretrain.run_folder import RunFolder
+    from pretrain.randomness import Randomness
     from vae.objective import Reconstruction
     from vae.perceptual import perceptual
 
@@ -145,7 +150,9 @@ def main(config: Config) -> None:
             sample_posterior=config.recipe == "base",
             perceptual=perceptual(config.perceptual).to(engine.device),
         )
-        train(engine, objective, batches, config.loop, run_folder)
+        shown = objective.prepare([dataset[i] for i in range(min(8, dataset.pictures))], Randomness(0), None, 1)
+        hook = ReconstructionHook(config.sample_every, run_folder, shown)
+        train(engine, objective, batches, config.loop, run_folder, [hook])
         batches.close()
         if engine.rank == 0:
             finish(config, start, dataset)
@@ -202,6 +209,11 @@ class Sources:
         self.tokens = np.array([1] * len(self._pictures) + [frames] * clips)
         """Frames of each sample."""
 
+    @property
+    def pictures(self) -> int:
+        """The first so many samples are pictures, the others clips."""
+        return len(self._pictures)
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -229,6 +241,25 @@ class Sources:
             os.close(descriptor)
         frames = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
         return Source(self.key(index), frames, int(self.tokens[index]))
+
+
+@dataclass
+class ReconstructionHook:
+    """Saves the same crops, above, and what the averaged weights make of them, below, as samples/step_N.png."""
+
+    every: int
+    run: RunFolder
+    crops: "Crops"
+
+    def __call__(self, engine: "Engine", step: int) -> None:
+        import torch
+        from PIL import Image
+
+        ((_, _, drawn),) = engine.frozen("ema", self.crops)
+        if self.run.writes:
+            rows = [torch.cat(list(x[:, :, 0]), dim=-1) for x in (self.crops.pixels[0], drawn.cpu().float())]
+            pixels = ((torch.cat(rows, dim=-2).clamp(-1, 1) + 1) * 127.5).round().byte()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(self.run.samples / f"step_{step:08d}.png")
 
 
 def starting_point(config: Config):
@@ -269,7 +300,7 @@ def finish(config: Config, start, dataset: Sources) -> None:
             trained = {n: w for n, w in trained.items() if n.startswith(("decoder.", "post_quant_conv."))}
         start.load_state_dict({**start.state_dict(), **trained})
     if config.init is None:
-        pictures = (dataset[i] for i in range(min(len(dataset), config.statistics_samples)))
+        pictures = (dataset[i] for i in range(min(dataset.pictures, config.statistics_samples)))
         start = with_measured_statistics(start, pictures, config.size)
     start.save(config.out)
     print(f"wrote {config.out}/vae{' and vae_video' if start.video_decoder is not None else ''}", flush=True)
