@@ -98,7 +98,8 @@ for _name in ("base", "image-decoder"):
     RECIPES[_name, "tiny"] = replace(
         RECIPES[_name, "qwen-image"],
         preset="tiny", size=64, crop=32, frames=min(5, RECIPES[_name, "qwen-image"].frames), batch_size=16,
-        perceptual_ratio=0.2, sample_every=200, statistics_samples=256, engine=_engine(3e-3, 20, 0.98), loop=LoopConfig(400, 200),
+        perceptual_ratio=0.2, sample_every=200, statistics_samples=256,
+        engine=_engine(3e-3, 20, 0.98), loop=LoopConfig(400, 200),
     )  # fmt: skip
 
 
