@@ -51,7 +51,8 @@ def make(
         drawn = None if page is None else render(page)
         if drawn is not None:
             image, block = drawn
-            record = {"language": language_of(page.text), "font": page.style.face.name}
+            style = page.style
+            record = {"language": language_of(page.text), "font": style.face.name, "vertical": style.vertical}
             return Picture(image, write_caption(rng, page, names, block), block.lines, record)
     what = "any passage of the corpus" if passage is None else repr(passage)
     raise ValueError(f"no font here draws {what} so that it fits a picture of {side} px")

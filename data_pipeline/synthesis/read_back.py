@@ -1,0 +1,66 @@
+"""Reads synthetic pages with Tesseract, an engine that the data pipeline itself doesn't use.
+
+Needs the program with its models eng, chi_sim and, for vertical text, chi_sim_vert (on Debian: tesseract-ocr,
+tesseract-ocr-chi-sim, tesseract-ocr-chi-sim-vert).
+"""
+
+import io
+import os
+import shutil
+import subprocess
+import unicodedata
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_pipeline.synthesis.typesetting import Line
+
+LINE_HEIGHTS = (18, 24, 32)
+"""Pixels that a line is scaled to. Tesseract reads best near these; the reading it is surest of counts."""
+_SAME = str.maketrans("‘’“”—–", "''\"\"--")
+
+
+def model_for(language: str, vertical: bool) -> str:
+    """Tesseract's model for a page."""
+    if language == "english":
+        return "eng"
+    return "chi_sim_vert" if vertical else "chi_sim" if language == "chinese" else "chi_sim+eng"
+
+
+def missing_models(*models: str) -> list[str]:
+    """Those of the models that this machine lacks; all of them if there is no Tesseract."""
+    program = shutil.which("tesseract")
+    listed = subprocess.run([program, "--list-langs"], capture_output=True).stdout.decode().split() if program else []
+    return [model for model in models if not set(model.split("+")) <= set(listed)]
+
+
+def normalize(text: str, language: str) -> str:
+    """Compatibility forms, straight quotes, single spaces (none in Chinese): what reading can't tell apart."""
+    text = unicodedata.normalize("NFKC", text).translate(_SAME)
+    return (" " if language == "english" else "").join(text.split())
+
+
+def read(image: np.ndarray, lines: tuple[Line, ...], language: str, vertical: bool = False) -> str:
+    """The text that Tesseract sees in a page, uint8 [h, w, 3]; of the lines only the typical height is used."""
+    across = (0, 2) if vertical else (1, 3)
+    height = np.median([line.box[across[1]] - line.box[across[0]] for line in lines])
+    gray = ImageOps.autocontrast(Image.fromarray(image).convert("L"))
+    if np.median(np.asarray(gray)) < 128:
+        gray = ImageOps.invert(gray)
+    readings = [_read_at(gray, goal / height, language, vertical) for goal in LINE_HEIGHTS]
+    return normalize(max(readings)[1], language)
+
+
+def _read_at(gray: Image.Image, scale: float, language: str, vertical: bool) -> tuple[float, str]:
+    """(confidence, text) at a scale: characters weighted by the confidence in their word above one half."""
+    size = (max(1, round(gray.width * scale)), max(1, round(gray.height * scale)))
+    page = ImageOps.expand(gray.resize(size, Image.Resampling.LANCZOS), 20, fill=int(np.median(np.asarray(gray))))
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    layout = "5" if vertical else "6"  # one block of vertical text, one block of text
+    command = ["tesseract", "-", "-", "-l", model_for(language, vertical), "--psm", layout, "tsv"]
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    table = subprocess.run(command, input=buffer.getvalue(), capture_output=True, check=True, env=environment).stdout
+    rows = [row.split("\t") for row in table.decode().splitlines()[1:]]
+    words = [(row[11].strip(), float(row[10])) for row in rows if len(row) > 11 and row[11].strip()]
+    return sum(len(word) * (sure - 50) for word, sure in words), " ".join(word for word, _ in words)
