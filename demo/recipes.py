@@ -29,10 +29,10 @@ class Recipe:
 RECIPES = {
     "quick": Recipe(
         pictures=480,
-        vae_steps=120,
-        image_decoder_steps=30,
+        vae_steps=80,
+        image_decoder_steps=40,
         batch_size=16,
-        steps_256=110,
+        steps_256=140,
         steps_640=24,
         sft_steps=8,
         dpo_pairs=12,
@@ -94,6 +94,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
 
     def pretrain(res: int, steps: int, *more: object) -> Stage:
         where = ["--res", res, "--preset", "tiny", "--data", encoded[res], "--batch-size", recipe.batch_size]
+        where += ["--sample-every", steps]
         return train(f"pretrain-{res}", f"flow matching, stage {res}", "pretrain/stage.py", steps, *where, *more)
 
     if data is None:
