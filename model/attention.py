@@ -12,6 +12,8 @@ from model.packing import Pack
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     """Attention per sample of the pack; takes and returns the order [text stream, image stream]."""
+    if pack.in_joint_order:
+        return varlen_attention(q, k, v, pack)
     order, inverse = pack.joint_order, pack.inverse_order
     q, k, v = (permute(x, order, inverse) for x in (q, k, v))
     return permute(varlen_attention(q, k, v, pack), inverse, order)
@@ -52,4 +54,4 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     for (n, length), qs, ks, vs in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         qs, ks, vs = (x.unflatten(0, (n, length)).transpose(1, 2) for x in (qs, ks, vs))
         out.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)
+    return torch.cat(out) if len(out) > 1 else out[0]

@@ -95,8 +95,8 @@ class Stream(nn.Module):
 class Block(nn.Module):
     """Dual-stream block: text and image have their own weights and meet in attention.
 
-    In the last block (`last=True`) nothing reads the text stream any more: its output projection and MLP are kept
-    for the checkpoint format, frozen and never run.
+    After the attention of the last block (`last=True`) only targets are read: the text stream's output projection and
+    MLP are kept for the checkpoint format, frozen and never run, and references end where the whole stream is at hand.
     """
 
     def __init__(self, config: MMDiTConfig, ops: Ops, last: bool = False):
@@ -111,18 +111,24 @@ class Block(nn.Module):
         self, img: Tensor, txt: Tensor, img_temb: Tensor, txt_temb: Tensor, img_rows: Rows, txt_rows: Rows,
         img_rope: Tensor, txt_rope: Tensor, pack: Pack,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """img [L, D], txt [L, D]; *_temb = SiLU(time embedding) [rows, D]; *_row [L] the row that modulates a token."""
+        """img [L, D], txt [L, D]; *_temb = SiLU(time embedding) [R, D]; *_rows map tokens to them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img.mod(img_temb).chunk(6, dim=-1)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = self.txt.mod(txt_temb).chunk(6, dim=-1)
         image = self.img.qkv(img, shift1, scale1, img_rows, img_rope)
         text = self.txt.qkv(txt, t_shift1, t_scale1, txt_rows, txt_rope)
         q, k, v = (torch.cat(pair) for pair in zip(text, image, strict=True))
         heads = self.attention(q, k, v, pack)
-        n_txt = len(text[0])
-        img = self.img.add_attention(img, heads[n_txt:], gate1, img_rows)
+        text_heads, image_heads = heads.split((len(text[0]), len(image[0])))
+        if self.last and img_rows.runs is not None:
+            img, image_heads, img_rows = (
+                img[: pack.n_target],
+                image_heads[: pack.n_target],
+                img_rows.prefix(pack.n_target),
+            )
+        img = self.img.add_attention(img, image_heads, gate1, img_rows)
         img = self.img.add_mlp(img, shift2, scale2, gate2, img_rows)
         if not self.last:
-            txt = self.txt.add_attention(txt, heads[:n_txt], t_gate1, txt_rows)
+            txt = self.txt.add_attention(txt, text_heads, t_gate1, txt_rows)
             txt = self.txt.add_mlp(txt, t_shift2, t_scale2, t_gate2, txt_rows)
         return img, txt
 

@@ -118,6 +118,11 @@ class Pack:
         return [s.joint for s in self.shapes] + ([tail] if tail else [])
 
     @cached_property
+    def in_joint_order(self) -> bool:
+        """Whether the streams, one after the other, are in joint order already: one sample without a text tail."""
+        return len(self.shapes) == 1 and self.shapes[0].txt == len(self.txt_pos)
+
+    @cached_property
     def inverse_order(self) -> Tensor:
         """[Lt + Li] index into cat(text stream, image stream) -> joint order."""
         return torch.argsort(self.joint_order)
@@ -171,6 +176,15 @@ class Rows:
         index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
         one_hot = torch.zeros(total, n_rows).index_put_((torch.arange(total - tail), index), torch.ones(()))
         return cls(one_hot.to(like.device, like.dtype), tuple(runs))
+
+    def prefix(self, length: int) -> "Rows":
+        """The rows of the first `length` tokens."""
+        runs, left = [], length
+        for run, row in self.runs:
+            if left:
+                runs.append((min(run, left), row))
+                left -= runs[-1][0]
+        return Rows(self.one_hot[:length], tuple(runs))
 
 
 @dataclass(frozen=True)
