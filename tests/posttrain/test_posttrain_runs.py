@@ -72,3 +72,36 @@ def test_two_ranks_do_what_one_does(name, settings, init, tmp_path):
         (_, a), (_, b) = read_weights(one), read_weights(two)
         for n in a:
             torch.testing.assert_close(a[n], b[n], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def data(components, tmp_path_factory) -> Path:
+    """A small encoded data set of two sizes."""
+    from data_pipeline.encoding import Encoder
+    from data_pipeline.sample import EncodedSample
+    from data_pipeline.shards import shard_name, write_encoded
+    from model.conditioner import Conditioner
+    from vae.autoencoder import VAE
+
+    folder = tmp_path_factory.mktemp("data")
+    latents = [torch.full((16, 1, 4, 4 + 2 * (i % 2)), i / 6) for i in range(6)]
+    write_encoded(
+        folder / shard_name(0),
+        [
+            EncodedSample(f"k{i}", x, torch.ones(2 + i, 128).bfloat16(), meta={"caption": "c"})
+            for i, x in enumerate(latents)
+        ],
+    )
+    Encoder(Conditioner.from_folder(components), VAE.from_folder(components), 32).write_description(folder)
+    return folder
+
+
+def test_sft_learns_and_stays_with_what_it_started_from(init, data, tmp_path):
+    settings = {"init": init, "out": tmp_path / "sft", "data": (data,), "batch_size": 6, "condition_dropout": 0.0}
+    run_world(1, entry, "sft", 30, 30, settings, deadline_s=DEADLINE_S)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "sft")]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert list((tmp_path / "sft" / "samples").glob("*.png"))
+    other = settings | {"init": tmp_path / "sft"}
+    with pytest.raises(AssertionError, match=f"started from {init}, not from {tmp_path / 'sft'}"):
+        run_world(1, entry, "sft", 31, 31, other, deadline_s=DEADLINE_S)
