@@ -55,7 +55,7 @@ def _paper(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 
 
 def _wood(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
-    base = np.asarray(rng.choice([(168, 118, 70), (196, 154, 104), (122, 80, 46), (206, 176, 134)]), dtype=np.float64)
+    base = np.asarray(rng.choice([(178, 128, 80), (196, 154, 104), (206, 176, 134)]), dtype=np.float64)
     planks = int(rng.integers(1, 4))
     edges = np.linspace(0, h, planks + 1).round().astype(int)
     image = np.empty((h, w, 3))
@@ -133,7 +133,7 @@ def _pink_note(rng: np.random.Generator, h: int, w: int) -> np.ndarray:
 
 
 _PENS = (NAMED["black"], NAMED["navy"], (20, 50, 130), NAMED["dark red"], NAMED["dark green"])
-_BURNT = ((46, 26, 12), (28, 18, 10), (250, 246, 236))
+_BURNT = ((46, 26, 12), (28, 18, 10))
 _CHALK = ((244, 244, 238), (250, 232, 150), (190, 222, 246))
 
 SURFACES: dict[str, Surface] = {
