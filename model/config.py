@@ -1,6 +1,7 @@
 """Shapes of the MMDiT (Qwen-Image report, arXiv 2508.02324, Table 1). Imports no torch: `--help` reads it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class MMDiTConfig:
     """Head channels that encode (frame, height, width)."""
     zero_cond_t: bool = False
     """Modulate reference tokens as clean images, t = 0 (Qwen-Image-Edit-2511)."""
+
+    rope: Literal["msrope", "text-first", "scaling"] = "msrope"
+    """Positions of text and images (see `model/rope.py`); only msrope is Qwen-Image's, the others are for ablations."""
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))

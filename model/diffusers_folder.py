@@ -111,6 +111,8 @@ def write_pipeline(
     output = Path(output)
     if output.exists() and not (output / "model_index.json").is_file():
         raise ValueError(f"{output} exists and is no diffusers folder; choose another output")
+    if config.rope != "msrope":
+        raise ValueError(f"diffusers' transformer has no {config.rope} positions; only msrope models can be exported")
     parts = dict(_CLASSES)
     if pipeline != "QwenImagePipeline":
         parts["processor"] = ("transformers", "Qwen2VLProcessor")
@@ -141,7 +143,8 @@ def _write_transformer(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    values = {"_class_name": "QwenImageTransformer2DModel", "_diffusers_version": "0.42.1", **asdict(config)}
+    shape = {name: value for name, value in asdict(config).items() if name != "rope"}
+    values = {"_class_name": "QwenImageTransformer2DModel", "_diffusers_version": "0.42.1", **shape}
     _write_json(folder / "config.json", {**values, **dict.fromkeys(_UNSUPPORTED, False)})
 
     size = lambda t: t.numel() * (dtype or t.dtype).itemsize  # noqa: E731

@@ -57,9 +57,8 @@ class MMDiT(nn.Module):
         if self.config.zero_cond_t:  # references are modulated by the rows of sigma = 0
             temb = torch.cat([temb, F.silu(self.time(torch.zeros_like(inputs.sigma), dtype))])
         img_rows, txt_rows, out_rows = self._rows(inputs, temb)
-        img_rope, txt_rope = (
-            ops.shard_context(rope_table(p, self.config.axes_dims_rope)) for p in (pack.img_pos, pack.txt_pos)
-        )
+        txt_pos, img_pos = pack.positions(self.config.rope)
+        img_rope, txt_rope = (ops.shard_context(rope_table(p, self.config.axes_dims_rope)) for p in (img_pos, txt_pos))
         for block in self.blocks:
             img, txt = block(img, txt, temb, txt_temb, img_rows, txt_rows, img_rope, txt_rope, pack)
 

@@ -9,13 +9,15 @@ Shape legend: S samples, Lt / Li tokens of the text / image stream with their ta
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.rope import image_positions, text_positions
+from model.rope import sample_positions
 
 Size = tuple[int, int, int]
 """(frames, height, width) in tokens."""
@@ -69,10 +71,8 @@ class Pack:
         n_txt, n_target, n_ref = sum(txt_len), sum(target_len), sum(ref_len)
         pad_txt, pad_img = -n_txt % align, -(n_target + n_ref) % align
 
-        targets = [image_positions(*s.target, index=0) for s in shapes]
-        refs = [image_positions(*r, index=i + 1) for s in shapes for i, r in enumerate(s.references)]
-        texts = [text_positions(s.txt, [s.target, *s.references]) for s in shapes]
-        zeros = torch.zeros(max(pad_txt, pad_img), 3, dtype=torch.long)
+        txt_pos, img_pos = _positions(shapes, "msrope", n_txt + pad_txt, n_target + n_ref + pad_img)
+        zeros = torch.zeros(max(pad_txt, pad_img), dtype=torch.long)
         ids = torch.arange(len(shapes))
         repeat = lambda n: ids.repeat_interleave(torch.tensor(n))  # noqa: E731
 
@@ -84,10 +84,10 @@ class Pack:
         lengths = [s.joint for s in shapes] + ([pad_txt + pad_img] if pad_txt + pad_img else [])
         return cls(
             shapes=tuple(shapes),
-            txt_pos=torch.cat([*texts, zeros[:pad_txt]]),
-            img_pos=torch.cat([*targets, *refs, zeros[:pad_img]]),
-            txt_sample=torch.cat([repeat(txt_len), zeros[:pad_txt, 0]]),
-            img_sample=torch.cat([repeat(target_len), repeat(ref_len), zeros[:pad_img, 0]]),
+            txt_pos=txt_pos,
+            img_pos=img_pos,
+            txt_sample=torch.cat([repeat(txt_len), zeros[:pad_txt]]),
+            img_sample=torch.cat([repeat(target_len), repeat(ref_len), zeros[:pad_img]]),
             joint_order=torch.cat(order + tail),
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         )
@@ -145,6 +145,13 @@ class Pack:
         )
         return moved, torch.argsort(moved)
 
+    def positions(self, scheme: str) -> tuple[Tensor, Tensor]:
+        """Positions of the text and the image stream by a scheme of `model/rope.py`."""
+        if scheme == "msrope":
+            return self.txt_pos, self.img_pos
+        text, image = _positions(self.shapes, scheme, len(self.txt_pos), len(self.img_pos))
+        return text.to(self.txt_pos.device), image.to(self.img_pos.device)
+
     def split_targets(self, x: Tensor) -> list[Tensor]:
         """Cut a tensor over target tokens [n_target, ...] (a longer one is cut first) into one piece a sample."""
         return list(x[: self.n_target].split(self.target_lengths))
@@ -152,6 +159,14 @@ class Pack:
     def to(self, device: torch.device | str) -> "Pack":
         tensors = ("txt_pos", "img_pos", "txt_sample", "img_sample", "joint_order", "cu_seqlens")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+
+def _positions(shapes: Sequence[SampleShape], scheme: str, n_txt: int, n_img: int) -> tuple[Tensor, Tensor]:
+    """Positions of both streams, zero in their tails."""
+    samples = [sample_positions(s.txt, [s.target, *s.references], scheme) for s in shapes]
+    targets, references = [images[0] for _, images in samples], [r for _, images in samples for r in images[1:]]
+    text, image = torch.cat([text for text, _ in samples]), torch.cat(targets + references)
+    return F.pad(text, (0, 0, 0, n_txt - len(text))), F.pad(image, (0, 0, 0, n_img - len(image)))
 
 
 @dataclass(frozen=True)

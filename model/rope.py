@@ -2,6 +2,8 @@
 
 Each token has a position on three axes (frame, height, width). Image axes are centred, so that a larger picture
 extends the same coordinates outwards; text continues along the diagonal, where all three coordinates are equal.
+For ablations there are the two schemes that the report compares with: `text-first`, plain RoPE whose images start at
+their corner behind the prompt, and `scaling`, centred images with the prompt as one more row of them.
 
 Shape legend: L tokens, H heads, K head dim.
 """
@@ -32,6 +34,21 @@ def image_positions(frames: int, height: int, width: int, index: int) -> Tensor:
         torch.arange(width) - (width - width // 2),
     )
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def sample_positions(txt: int, sizes: list[tuple[int, int, int]], scheme: str) -> tuple[Tensor, list[Tensor]]:
+    """Positions of a prompt [txt, 3] and of each image of its sample, target first; `sizes` (frames, height, width)."""
+    images = [image_positions(*size, index=i) for i, size in enumerate(sizes)]
+    text = text_positions(txt, sizes)
+    if scheme == "text-first":
+        corners = [torch.tensor([0, h - h // 2, w - w // 2]) for _, h, w in sizes]
+        images = [image + corner + txt for image, corner in zip(images, corners, strict=True)]
+        text = torch.arange(txt)[:, None].expand(txt, 3)
+        if any(image.max() >= MAX_POSITION for image in images):
+            raise ValueError(f"images behind a text of {txt} tokens end past position {MAX_POSITION}")
+    elif scheme == "scaling":
+        text = text * torch.tensor([0, 0, 1])
+    return text, images
 
 
 def text_positions(length: int, image_sizes: list[tuple[int, int, int]]) -> Tensor:
@@ -87,7 +104,7 @@ class _NormRotate(torch.autograd.Function):
         for part in _pieces(x):
             r = torch.linalg.vector_norm(x[part], dim=-1, keepdim=True, dtype=torch.float32)
             r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            y[part] = _turn((x[part] * r).mul_(weight), table[part])
+            _turn((x[part] * r).mul_(weight), table[part], out=y[part])
             rms[part] = r
         ctx.save_for_backward(x, weight, table, rms)
         return y
@@ -103,14 +120,18 @@ class _NormRotate(torch.autograd.Function):
             product = dn * xhat
             dweight += product.sum((0, 1))
             mean = (product @ weight.float())[..., None].div_(-x.shape[-1])
-            dx[part] = dn.mul_(weight).addcmul_(xhat, mean).mul_(rms[part])
+            torch.mul(dn.mul_(weight).addcmul_(xhat, mean), rms[part], out=dx[part])
         return dx, dweight.to(weight.dtype), None, None
 
 
-def _turn(x: Tensor, table: Tensor) -> Tensor:
-    """Multiply channel pairs of x [L, H, K], as complex numbers, by table [L, K/2]; fp32."""
+def _turn(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiply channel pairs of x [L, H, K], as complex numbers, by table [L, K/2], in fp32; into `out` if given."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * table[:, None]).flatten(-2)
+    if out is not None and out.dtype == torch.float32:
+        torch.mul(pairs, table[:, None], out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+        return out
+    turned = torch.view_as_real(pairs * table[:, None]).flatten(-2)
+    return turned if out is None else out.copy_(turned)
 
 
 def _pieces(x: Tensor) -> list[slice]:
