@@ -72,16 +72,6 @@ class Config:
     dry_run: bool = False
     """Print what would be trained on what."""
 
-    def __post_init__(self):
-        if self.crop < 8 or self.crop % 8:
-            raise ValueError(f"--crop must be a multiple of 8, not {self.crop}")
-        if self.size < self.crop:
-            raise ValueError(f"--size {self.size} is less than --crop {self.crop}")
-        if self.frames < 1 or self.frames % 4 != 1:
-            raise ValueError(f"--frames must be 4k + 1, not {self.frames}")
-        if not 0 <= self.clip_share < 1:
-            raise ValueError(f"--clip-share lies in [0, 1), not {self.clip_share}")
-
 
 def _engine(lr: float, warmup: int, ema: float) -> EngineConfig:
     optimizer = OptimizerConfig(lr, (0.9, 0.99), weight_decay=0.0, warmup_steps=warmup, schedule="cosine")
@@ -164,6 +154,14 @@ def main(config: Config) -> None:
 def checked(config: Config) -> Config:
     """The config with its default folders; UserError for what cannot be."""
     config = replace(config, out=config.out or Path(f"runs/vae-{config.recipe}"))
+    if config.crop < 8 or config.crop % 8:
+        raise UserError(f"--crop must be a multiple of 8, not {config.crop}")
+    if config.size < config.crop:
+        raise UserError(f"--size {config.size} is less than --crop {config.crop}")
+    if config.frames < 1 or config.frames % 4 != 1:
+        raise UserError(f"--frames must be 4k + 1, not {config.frames}")
+    if not 0 <= config.clip_share < 1:
+        raise UserError(f"--clip-share lies in [0, 1), not {config.clip_share}")
     for path in (*config.data, config.init):
         if path is not None and not path.exists():
             raise UserError(f"{path} does not exist")
