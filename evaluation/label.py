@@ -43,7 +43,7 @@ def main(config: LabelConfig) -> None:
 
 
 def _choose(config: LabelConfig) -> list[dict]:
-    """Pictures in shuffled order, taken in turn from every (model, kind of prompt)."""
+    """Pictures in shuffled order, taken in turn from every kind of prompt and model."""
     import numpy as np
 
     from evaluation.prompts import SHAPES_SHA256, shapes_prompts
@@ -53,7 +53,7 @@ def _choose(config: LabelConfig) -> list[dict]:
     for file in sorted((config.evaluation / "cache").glob("shapes-*/*.png")):
         prompt = prompts[file.stem.rsplit("-", 1)[0]]
         item = {"file": str(file), "model": file.parent.name, "id": prompt.id, "prompt": prompt.text}
-        groups.setdefault((file.parent.name, prompt.stratum), []).append({**item, "metadata": prompt.metadata})
+        groups.setdefault((prompt.stratum, file.parent.name), []).append({**item, "metadata": prompt.metadata})
     if not groups:
         raise UserError(f"no pictures in {config.evaluation}/cache; run `python -m evaluation --suite shapes` first")
     rng = np.random.default_rng(config.seed)
