@@ -18,10 +18,14 @@ def map_ordered(function: Callable[[A], B], items: Iterable[A], workers: int, ch
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
+    import cv2
+
     if workers == 1:
         yield from map(function, items)
         return
     items = iter(items)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # ends OpenCV's threads: a worker forked beside them would wait for them for ever
     with ProcessPoolExecutor(workers, initializer=_start) as pool:
         pending: deque = deque()
         try:
@@ -36,14 +40,12 @@ def map_ordered(function: Callable[[A], B], items: Iterable[A], workers: int, ch
         finally:
             for future in pending:
                 future.cancel()
+            cv2.setNumThreads(threads)
 
 
 def _start() -> None:
-    """Leave Ctrl-C to the parent, and the cores to the other processes."""
-    import cv2
-
+    """Leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(1)
 
 
 def _each(function: Callable[[A], B], items: list[A]) -> list[B]:

@@ -80,7 +80,19 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         return Stage(f"report-{after}", f"the page so far, after {after}", command, report / "index.html")
 
     def vae(name: str, purpose: str, decoder: str, steps: int, *more: object) -> Stage:
-        common = ["vae/train.py", "--recipe", decoder, "--data", curated, "--size", 64, "--steps", steps]
+        common = [
+            "vae/train.py",
+            "--recipe",
+            decoder,
+            "--preset",
+            "tiny",
+            "--data",
+            curated,
+            "--size",
+            64,
+            "--steps",
+            steps,
+        ]
         return stage(name, purpose, *common, "--out", out / name, *more)
 
     def produce(res: int) -> Stage:
