@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
-SuiteName = Literal["shapes", "text", "edit", "geneval", "dpg", "oneig", "drawbench", "imgedit", "gedit"]
+SuiteName = Literal["shapes", "text", "edit", "vae", "geneval", "dpg", "oneig", "drawbench", "imgedit", "gedit"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Config:
     """Use a run's averaged weights."""
     components: Path | None = None
     """Folder with text_encoder/, tokenizer/ and vae/ (default: what the checkpoint names)."""
+    raw: Path | None = None
+    """Raw shards whose pictures the vae suite reconstructs (default: embedded pages and photographs)."""
     detector: Path | None = None
     """GenEval's detector: Mask2Former in transformers' layout; colours are named by --pictures.clip (ViT-L/14)."""
     pictures: PictureWeights = field(default_factory=PictureWeights)
@@ -69,6 +71,9 @@ class Config:
 
 def main(config: Config) -> None:
     _check(config)
+    if "vae" in config.suite:
+        _measure_vaes(config)
+        return
     from evaluation.picture_measures import PictureMeasures
     from evaluation.report import Result, write_comparison, write_scores
     from evaluation.runner import Sampling, SuiteRun
@@ -118,10 +123,27 @@ def _check(config: Config) -> None:
         raise UserError("need at least 1 picture a prompt, 2 steps and 2 prompts")
     if not config.suite:
         raise UserError("--suite names nothing to measure")
+    if "vae" in config.suite and len(config.suite) > 1:
+        raise UserError("the vae suite draws nothing: measure it in a run of its own")
     if config.prompts is not None and len(set(config.suite) - {"shapes", "edit"}) != 1:
         raise UserError("--prompts belongs to one suite: measure the others in runs of their own")
     if (config.inception is None) != (config.real is None):
         raise UserError("FID and KID need both --inception FILE and --real FOLDER")
+
+
+def _measure_vaes(config: Config) -> None:
+    names = config.compare or (config.checkpoint,)
+    print(f"reconstructions by the VAE of {', '.join(names)}")
+    if config.dry_run or os.environ.get("RANK", "0") != "0":
+        return
+    from evaluation.vae_scores import measure_vae
+
+    for name in names:
+        folder = config.output / f"{_label(name)}-vae"
+        data = measure_vae(name, config.components, config.raw, config.limit, folder)
+        for domain, measures in data["suites"]["vae"].items():
+            print(f"  {domain:<10}", "  ".join(f"{measure} {_interval(e)}" for measure, e in measures.items()))
+        print(f"wrote {folder}/scores.json and index.html")
 
 
 def _suites(config: Config) -> tuple[list, dict[str, str]]:

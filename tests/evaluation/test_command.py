@@ -104,6 +104,17 @@ def test_bad_requests_end_in_one_line(change, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_vae_is_measured_alone(models, tmp_path, capsys):
+    main(Config(checkpoint=str(models[1]), suite=("vae",), limit=3, output=tmp_path))
+    (data,) = scores(tmp_path).values()
+    table = data["suites"]["vae"]
+    assert sum(measures["psnr"]["n"] for measures in table.values()) == 3
+    assert all(0 < measures["psnr"]["value"] < 30 for measures in table.values()), "a random VAE"
+    assert "psnr" in capsys.readouterr().out and (next(tmp_path.iterdir()) / "index.html").is_file()
+    with pytest.raises(UserError, match="run of its own"):
+        main(Config(suite=("vae", "shapes"), output=tmp_path))
+
+
 def command(output: Path, checkpoint: Path, *words: str) -> list[str]:
     flags = ["--checkpoint", checkpoint, "--output", output, "--suite", "shapes", "--limit", 16]
     size = ["--images-per-prompt", 2, "--steps", 2, "--height", 64, "--width", 64]
