@@ -44,24 +44,19 @@ def run_entry(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
 
 
 @pytest.fixture
-def kill_entry(monkeypatch: pytest.MonkeyPatch):
-    """kill_entry(script, *flags, once): run an entry in a forked process and kill -9 it as soon as `once()` is true."""
+def kill_entry():
+    """kill_entry(script, *flags, once): run an entry and kill -9 it, workers and all, as soon as `once()` is true."""
 
     def call(script: str, *flags: object, once: Callable[[], bool]) -> None:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path[1:]])
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            try:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            finally:
-                os._exit(0)
-        while not once() and os.waitpid(child, os.WNOHANG) == (0, 0):
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while not once() and process.poll() is None:
             time.sleep(0.001)
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     return call
 
