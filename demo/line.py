@@ -42,7 +42,7 @@ class Config:
 
 
 def warm_up() -> None:
-    """Import the heavy libraries once; stages are forked from this process and find them loaded."""
+    """Import the heavy libraries, once; stages are forked from this process and find them loaded."""
     import warnings
 
     warnings.filterwarnings("ignore")
@@ -111,6 +111,7 @@ def run_line(line: list[Stage], out: Path) -> None:
             print(f"{title} (finished before)", flush=True)
             continue
         print(f"\n{title}\n    {shlex.join(['python', *stage.command])}", flush=True)
+        warm_up()
         start = time.monotonic()
         status = run_command(stage.command)
         if status == 130:
@@ -149,7 +150,6 @@ def main(config: Config) -> None:
         die_with_parent()
     out.mkdir(parents=True, exist_ok=True)
     handle = lock(out)
-    warm_up()
     try:
         run_line(line, out)
     finally:
