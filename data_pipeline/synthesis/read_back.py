@@ -13,10 +13,13 @@ import unicodedata
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_pipeline.synthesis.line_breaking import has_chinese
 from data_pipeline.synthesis.typesetting import Line
 
 LINE_HEIGHTS = (18, 24, 32)
 """Pixels that a line is scaled to. Tesseract reads best near these; the reading it is surest of counts."""
+COLUMNS, BLOCK, CHARACTER = "5", "6", "10"
+"""Tesseract's page segmentation modes."""
 _SAME = str.maketrans("‘’“”—–", "''\"\"--")
 
 
@@ -34,6 +37,12 @@ def missing_models(*models: str) -> list[str]:
     return [model for model in models if not set(model.split("+")) <= set(listed)]
 
 
+def is_common(text: str) -> bool:
+    """Whether the Chinese characters of a text are among the 3,755 common ones (GB 2312, level 1)."""
+    codes = [char.encode("gb2312", "ignore") for char in text if has_chinese(char)]
+    return all(len(code) == 2 and 0xB0 <= code[0] <= 0xD7 for code in codes)
+
+
 def normalize(text: str, language: str) -> str:
     """Compatibility forms, straight quotes, single spaces (none in Chinese): what reading can't tell apart."""
     text = unicodedata.normalize("NFKC", text).translate(_SAME)
@@ -41,24 +50,28 @@ def normalize(text: str, language: str) -> str:
 
 
 def read(image: np.ndarray, lines: tuple[Line, ...], language: str, vertical: bool = False) -> str:
-    """The text that Tesseract sees in a page, uint8 [h, w, 3]; of the lines only the typical height is used."""
+    """The text that Tesseract sees in a page, uint8 [h, w, 3].
+
+    Of the lines only their typical height is used, and whether there is more than one character.
+    """
     across = (0, 2) if vertical else (1, 3)
     height = np.median([line.box[across[1]] - line.box[across[0]] for line in lines])
     gray = ImageOps.autocontrast(Image.fromarray(image).convert("L"))
     if np.median(np.asarray(gray)) < 128:
         gray = ImageOps.invert(gray)
-    readings = [_read_at(gray, goal / height, language, vertical) for goal in LINE_HEIGHTS]
+    alone = len(lines) == 1 and len(lines[0].text) == 1
+    layout = CHARACTER if alone else COLUMNS if vertical else BLOCK
+    readings = [_read_at(gray, goal / height, model_for(language, vertical), layout) for goal in LINE_HEIGHTS]
     return normalize(max(readings)[1], language)
 
 
-def _read_at(gray: Image.Image, scale: float, language: str, vertical: bool) -> tuple[float, str]:
+def _read_at(gray: Image.Image, scale: float, model: str, layout: str) -> tuple[float, str]:
     """(confidence, text) at a scale: characters weighted by the confidence in their word above one half."""
     size = (max(1, round(gray.width * scale)), max(1, round(gray.height * scale)))
     page = ImageOps.expand(gray.resize(size, Image.Resampling.LANCZOS), 20, fill=int(np.median(np.asarray(gray))))
     buffer = io.BytesIO()
     page.save(buffer, "PNG")
-    layout = "5" if vertical else "6"  # one block of vertical text, one block of text
-    command = ["tesseract", "-", "-", "-l", model_for(language, vertical), "--psm", layout, "tsv"]
+    command = ["tesseract", "-", "-", "-l", model, "--psm", layout, "tsv"]
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     table = subprocess.run(command, input=buffer.getvalue(), capture_output=True, check=True, env=environment).stdout
     rows = [row.split("\t") for row in table.decode().splitlines()[1:]]
