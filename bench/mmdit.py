@@ -96,13 +96,18 @@ def peak_mib(name: str, who: str, config: Config) -> float:
 
 
 def print_peak(cases: dict[str, Callable[[], Contestants]], which: str) -> None:
-    import resource
-
+    """Growth of the resident set while the case runs, in MiB (Linux: the kernel's high-water mark, reset before)."""
     name, who = which.rsplit("/", 1)
     work = cases[name]()[who]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_kib("VmRSS")
     work()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((resident_kib("VmHWM") - before) / 1024)
+
+
+def resident_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def all_cases() -> dict[str, Callable[[], Contestants]]:
@@ -154,16 +159,17 @@ class Shape:
         return latent(*self.target), torch.randn(self.txt, config.joint_attention_dim), references
 
 
-def train_ours(model, samples: list[tuple]) -> Callable[[], None]:
+def train_ours(model, packs: list[list[tuple]]) -> Callable[[], None]:
     import torch
 
     from model.packing import pack_inputs
 
     def work() -> None:
-        targets, texts, references = zip(*samples, strict=True)
-        inputs = pack_inputs(list(targets), list(texts), torch.full((len(samples),), 0.5), list(references))
         model.zero_grad()
-        model(inputs).square().mean().backward()
+        for samples in packs:
+            targets, texts, references = map(list, zip(*samples, strict=True))
+            inputs = pack_inputs(targets, texts, torch.full((len(samples),), 0.5), references)
+            model(inputs).square().mean().backward()
 
     return work
 
@@ -203,7 +209,7 @@ def their_batch(samples: list[tuple], pad: bool = False) -> dict:
 def one_shape(config, batch: int, side: int, txt: int) -> Contestants:
     ours, theirs = models(config)
     samples = [Shape(txt, (1, side, side)).tensors(config) for _ in range(batch)]
-    return {"ours": train_ours(ours, samples), "diffusers": train_theirs(theirs, [their_batch(samples)])}
+    return {"ours": train_ours(ours, [samples]), "diffusers": train_theirs(theirs, [their_batch(samples)])}
 
 
 def mixed_shapes() -> list[Shape]:
@@ -218,10 +224,24 @@ def mixed_batch(config) -> Contestants:
     ours, theirs = models(config)
     samples = [shape.tensors(config) for shape in mixed_shapes()]
     return {
-        "ours": train_ours(ours, samples),
+        "ours": train_ours(ours, packed(samples, max_tokens=2048)),
+        "ours, one pack": train_ours(ours, [samples]),
         "diffusers, loop": train_theirs(theirs, [their_batch([s]) for s in samples]),
         "diffusers, padded": train_theirs(theirs, [their_batch(samples, pad=True)]),
     }
+
+
+def packed(samples: list[tuple], max_tokens: int) -> list[list[tuple]]:
+    """Consecutive samples in packs of at most so many tokens, as a training step's microbatches are."""
+    packs, used = [[]], 0
+    for target, txt, references in samples:
+        tokens = len(txt) + sum(x.shape[1] * x.shape[2] * x.shape[3] // 4 for x in (target, *references))
+        if packs[-1] and used + tokens > max_tokens:
+            packs.append([])
+            used = 0
+        packs[-1].append((target, txt, references))
+        used += tokens
+    return packs
 
 
 def sampling(config, side: int, txt: int, steps: int = 20) -> Contestants:

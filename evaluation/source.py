@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from command_line import UserError, read_toml
+from command_line import UserError, from_dict, read_toml
 from model.conditioner import Conditioner
-from model.config import MMDiTConfig
+from model.config import LoRAConfig, MMDiTConfig
 from model.diffusers_folder import load_transformer, locate, read_config
+from model.lora import merge, split_adapters
 from model.mmdit import MMDiT
 from model.text_to_image import TextToImage
 from vae.autoencoder import VAE
@@ -28,9 +30,7 @@ def load(
     of `TextToImage`. Raises UserError if the source is none of these.
     """
     if run := run_folder(source):
-        from pretrain.engine.checkpoint import read_weights
-
-        config, weights = read_weights(Path(source), ema=ema)
+        config, weights = whole_weights(source, ema)
         model = _empty_model(config, device, dtype)
         model.load_state_dict(weights)
         components = components or run_components(run)
@@ -47,6 +47,20 @@ def load(
 def run_folder(source: Path | str) -> Path | None:
     """The run that `source` is, or is a checkpoint of; None if it is neither."""
     return next((p for p in (Path(source), *Path(source).parents[:2]) if (p / "config.toml").is_file()), None)
+
+
+def whole_weights(source: Path | str, ema: bool = True) -> tuple[MMDiTConfig, dict[str, Tensor]]:
+    """Config and weights of a run or checkpoint, adapters merged in (their settings are `lora` in its config.toml)."""
+    from pretrain.engine.checkpoint import read_weights
+
+    config, weights = read_weights(Path(source), ema=ema)
+    base, adapters = split_adapters(weights)
+    if not adapters:
+        return config, weights
+    settings = read_toml(run_folder(source) / "config.toml").get("lora")
+    if settings is None:
+        raise UserError(f"{source} holds adapters, but its config.toml has no [lora] table with their rank and alpha")
+    return config, merge(base, adapters, from_dict(LoRAConfig, settings).scale)
 
 
 def run_components(run: Path) -> Path:

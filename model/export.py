@@ -27,7 +27,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from evaluation.source import run_components, run_folder
+    from evaluation.source import run_components, run_folder, whole_weights
 
     folder = run_folder(config.checkpoint)
     if folder is None:
@@ -41,10 +41,9 @@ def main(config: Config) -> None:
     import torch
 
     from model.diffusers_folder import write_pipeline
-    from pretrain.engine.checkpoint import read_weights
 
     with progress(2, "export", "step") as bar:
-        model_config, weights = read_weights(config.checkpoint, ema=config.ema)
+        model_config, weights = whole_weights(config.checkpoint, config.ema)
         bar.update()
         write_pipeline(config.output, model_config, weights, components, config.pipeline, getattr(torch, config.dtype))
         bar.update()
