@@ -79,7 +79,7 @@ def stage(*arguments: object, ranks: int = 1) -> tuple[object, str, str]:
 
 def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
-    common = ["--batch-size", 4, "--save-every", 2, "--components", components, "--sample-every", 2]
+    common = ["--batch-size", 2, "--components", components, "--sample-every", 2]
     status, out, err = stage("--data", data[64], "--out", first, "--steps", 3, *common)
     assert status == 0, err
     [line] = out.splitlines()
