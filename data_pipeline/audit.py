@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.buckets import RATIOS
-from data_pipeline.curation import Verdict
+from data_pipeline.curation import Verdict, not_run
+from data_pipeline.filters.tools import Tools
 from data_pipeline.page import picture_uri, render
 from data_pipeline.stages import Rule, Stage
 
@@ -22,7 +23,7 @@ SIDE = 160
 Shards = dict[str, list[Verdict]]
 
 
-def audit(stages: tuple[Stage, ...], shards: Shards) -> dict[str, Any]:
+def audit(stages: tuple[Stage, ...], shards: Shards, tools: Tools) -> dict[str, Any]:
     """Counts, histograms and example keys of a run, as JSON; depends on verdicts and rules alone."""
     verdicts = [v for shard in shards.values() for v in shard]
     kept = [v for v in verdicts if v.dropped_by is None]
@@ -30,10 +31,15 @@ def audit(stages: tuple[Stage, ...], shards: Shards) -> dict[str, Any]:
         "samples": len(verdicts),
         "kept": len(kept),
         "filters": [
-            {"stage": stage.number, "stage_name": stage.name, **_filter(rule, verdicts)}
+            {"stage_name": stage.name, "not_run": not_run(rule.filter, tools), **_filter(rule, stage.number, verdicts)}
             for stage in stages
             for rule in stage.rules
         ],
+        "labels": {
+            name: not_run(name, tools) or _counts(verdicts, lambda v, name=name: [v.labels.get(name, "dropped before")])
+            for stage in stages
+            for name in stage.labels
+        },
         "sources": _counts(verdicts, lambda v: [v.source or "unknown"]),
         "ratios": _counts(verdicts, lambda v: [_ratio(v.size)]),
         "scripts": _counts(verdicts, lambda v: sorted(set(map(script, v.caption)) - {""})),
@@ -71,9 +77,9 @@ def script(character: str) -> str:
     return {"CJK": "Han"}.get(word, word.capitalize())
 
 
-def _filter(rule: Rule, verdicts: list[Verdict]) -> dict[str, Any]:
+def _filter(rule: Rule, stage: int, verdicts: list[Verdict]) -> dict[str, Any]:
     scored = [v for v in verdicts if rule.filter in v.scores]
-    dropped = [v for v in scored if v.dropped_by == rule.filter]
+    dropped = [v for v in scored if (v.dropped_by, v.stage) == (rule.filter, stage)]
     near = [bound for bound in (rule.least, rule.most) if bound is not None]
     distance = lambda v: min(abs(v.scores[rule.filter] - bound) for bound in near)  # noqa: E731
     passed = (v for v in scored if v.dropped_by is None)
@@ -82,6 +88,7 @@ def _filter(rule: Rule, verdicts: list[Verdict]) -> dict[str, Any]:
         "kept_examples": heapq.nsmallest(EXAMPLES, passed, key=lambda v: (distance(v), _hash(v))),
     }
     return {
+        "stage": stage,
         "filter": rule.filter,
         "rule": str(rule),
         "scored": len(scored),

@@ -25,6 +25,10 @@ class Config:
     """Stages and thresholds (data_pipeline/stages.py); toy takes pictures from 48 px on, report from 256 px on."""
     stages: str = "1-3"
     """Stages to run, as 1-3 or 1,3."""
+    components: Path | None = None
+    """Folder with the tokenizer/ that counts tokens."""
+    weights: Path | None = None
+    """Folder with clip/, siglip/, nsfw/, aesthetics/ for the filters that need networks; those not there don't run."""
     workers: int = os.cpu_count() or 1
     """Processes that score pictures."""
     dry_run: bool = False
@@ -47,8 +51,12 @@ def main(config: Config) -> None:
             print(f"stage {stage.number}, {stage.name}: {'; '.join(map(str, stage.rules))}")
         return
     from data_pipeline.curation import Curation
+    from data_pipeline.filters.tools import Tools
 
-    curation = Curation(config.data, config.out, stages, inputs)
+    for folder in filter(None, (config.components, config.weights)):
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist")
+    curation = Curation(config.data, config.out, stages, inputs, Tools(config.components, config.weights))
     score(curation, config.workers)
     shards = curation.decide()
     with progress(len(shards), "write", "shard") as bar:
@@ -56,6 +64,9 @@ def main(config: Config) -> None:
         bar.update(bar.total - bar.n)
     result = write_audit(curation, shards)
     say_skipped(written.records(), config.out)
+    for f in result["filters"]:
+        if f["not_run"]:
+            print(f"{f['filter']}: not run: {f['not_run']}")
     print(f"kept {result['kept']} of {result['samples']} samples: {config.out}; audit: {config.out / 'audit.html'}")
     if not result["kept"]:
         raise UserError(f"every sample was dropped; see {config.out / 'audit.html'}")
@@ -86,7 +97,7 @@ def write_audit(curation, shards: dict) -> dict:
     from data_pipeline.audit import audit, audit_page
     from data_pipeline.shards import raw_picture
 
-    result = audit(curation.stages, shards)
+    result = audit(curation.stages, shards, curation.tools)
     write_json(curation.out / "audit.json", result)
     picture = lambda shard, key: raw_picture(curation.data / shard, key)  # noqa: E731
     page = audit_page(result, shards, picture, f"Audit of {curation.data.name}")

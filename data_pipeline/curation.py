@@ -16,16 +16,19 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.atomic import atomic_file
+from data_pipeline.filters import balance
 from data_pipeline.filters.duplicates import SIDE, find_duplicates, thumbnail
-from data_pipeline.filters.table import FILTERS
+from data_pipeline.filters.table import FILTERS, LABELS, NEEDS, SET_FILTERS
+from data_pipeline.filters.tools import Tools
 from data_pipeline.filters.view import View
 from data_pipeline.parallel import map_ordered
 from data_pipeline.sample import RawSample
 from data_pipeline.shard_stage import ShardStage
 from data_pipeline.shards import Problem, read_raw, write_raw
-from data_pipeline.stages import Stage
+from data_pipeline.stages import Rule, Stage
 
-DUPLICATE = "duplicate"
+Place = tuple[str, int]
+"""(shard, position in it)."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +41,54 @@ class Verdict:
     size: tuple[int, int]
     """Width and height in pixels; (0, 0) if the picture is broken."""
     scores: dict[str, float]
-    dropped_by: str | None
+    labels: dict[str, str]
+    dropped_by: str | None = None
     """Name of the first filter that dropped it; None if it is kept."""
+    stage: int = 0
+    """Number of that filter's stage."""
     why: str = ""
 
+    def scored(self, rule: Rule, stage: int, score: float | None, why: str = "") -> "Verdict":
+        """This verdict with one more score, which may drop the sample."""
+        scores = self.scores if score is None else self.scores | {rule.filter: round(score, 5)}
+        if self.dropped_by or rule.keeps(scores.get(rule.filter)):
+            return replace(self, scores=scores)
+        return replace(self, scores=scores, dropped_by=rule.filter, stage=stage, why=why)
 
-def score(sample: RawSample, stages: tuple[Stage, ...]) -> tuple[Verdict, np.ndarray]:
-    """Run the filters of `stages` on a sample, up to the first stage that drops it; also its thumbnail."""
-    view, source = View(sample), sample.meta.get("source", "")
-    scores: dict[str, float] = {}
-    dropped_by = None
+
+def score(sample: RawSample, stages: tuple[Stage, ...], tools: Tools) -> tuple[Verdict, np.ndarray]:
+    """Run the filters and labels of `stages` on a sample, up to the stage that drops it; also its thumbnail.
+
+    What lacks a tool is left out, and so are the filters that look at the whole set.
+    """
+    view, source = View(sample, tools), sample.meta.get("source", "")
+    verdict = Verdict(sample.key, source, view.caption, (0, 0), {}, {})
     for stage in stages:
         for rule in stage.rules:
-            if rule.filter == DUPLICATE or not rule.applies(source):
-                continue
-            value = scores[rule.filter] = round(FILTERS[rule.filter](view), 5)
-            if not rule.keeps(value) and dropped_by is None:
-                dropped_by = rule.filter
-            if dropped_by == "broken":
-                break
-        if dropped_by:
+            if rule.filter in FILTERS and rule.applies(source) and not not_run(rule.filter, tools):
+                verdict = verdict.scored(rule, stage.number, FILTERS[rule.filter](view))
+            if verdict.dropped_by == "broken":
+                return verdict, np.zeros((SIDE, SIDE, 3), np.uint8)
+        if verdict.dropped_by:
             break
-    broken = dropped_by == "broken"
-    size = (0, 0) if broken else view.image.size
-    small = np.zeros((SIDE, SIDE, 3), np.uint8) if broken else thumbnail(view)
-    return Verdict(sample.key, source, view.caption, size, scores, dropped_by), small
+        labels = {name: LABELS[name](view) for name in stage.labels if not not_run(name, tools)}
+        verdict = replace(verdict, labels=verdict.labels | labels)
+    return replace(verdict, size=view.image.size), thumbnail(view)
+
+
+def not_run(name: str, tools: Tools) -> str | None:
+    """Why a filter or label cannot run with these tools; None if it can."""
+    return tools.missing(NEEDS[name]) if name in NEEDS else None
 
 
 class Curation:
     """Curation of the raw shards in `data` by `stages`, into `out`."""
 
-    def __init__(self, data: Path, out: Path, stages: tuple[Stage, ...], inputs: dict[str, Any]):
-        self.data, self.out, self.stages, self.inputs = data, out, stages, inputs
-        self.rules = [rule for stage in stages for rule in stage.rules]
-        settings = {"rules": [asdict(rule) | {"exempt": list(rule.exempt)} for rule in self.rules]}
+    def __init__(self, data: Path, out: Path, stages: tuple[Stage, ...], inputs: dict[str, Any], tools: Tools):
+        self.data, self.out, self.stages, self.inputs, self.tools = data, out, stages, inputs, tools
+        paths = {name: path and str(path) for name, path in vars(tools).items()}
+        missing = sorted(need for need in set(NEEDS.values()) if tools.missing(need))
+        settings = json.loads(json.dumps({"stages": [asdict(s) for s in stages], "tools": paths, "missing": missing}))
         thumbnails = {Path(name).with_suffix(".npy").name: stamp for name, stamp in inputs.items()}
         self.scoring = ShardStage(out / "scores", thumbnails, settings)
 
@@ -85,7 +102,7 @@ class Curation:
             for name in pending
             for sample in read_raw(self.data / Path(name).with_suffix(".tar"), problems[name].append)
         )
-        results = map_ordered(partial(_score_task, stages=self.stages), tasks, workers)
+        results = map_ordered(partial(_score_task, stages=self.stages, tools=self.tools), tasks, workers)
         waiting = iter(pending)
         for name, group in groupby(results, key=lambda result: result[0]):
             for empty in iter(waiting.__next__, name):
@@ -106,48 +123,73 @@ class Curation:
         self.scoring.finish(name, record)
 
     def decide(self) -> dict[str, list[Verdict]]:
-        """Second pass: the final verdicts by shard, duplicates found among all that no other filter drops.
-
-        Of two, the one with more pixels stays, or the earlier one.
-        """
+        """Second pass: the final verdicts by shard, after the filters that look at all that the others keep."""
         shards = {name: self._verdicts(name) for name in self.inputs}
-        rule = next((rule for rule in self.rules if rule.filter == DUPLICATE), None)
-        if rule is None:
-            return shards
-        left = [
-            (name, i)
-            for name, verdicts in shards.items()
-            for i, v in enumerate(verdicts)
-            if v.dropped_by is None and rule.applies(v.source)
-        ]
-        left.sort(key=lambda at: -shards[at[0]][at[1]].size[0] * shards[at[0]][at[1]].size[1])
-        files = {name: np.load(self._thumbnails(name), mmap_mode="r", allow_pickle=False) for name in self.inputs}
-        pictures = np.array([files[name][i] for name, i in left], np.uint8).reshape(-1, SIDE, SIDE, 3)
-        repeats = find_duplicates(pictures)
-        for number, (name, i) in enumerate(left):
-            verdict = shards[name][i]
-            scores = verdict.scores | {DUPLICATE: float(number in repeats)}
-            if number in repeats:
-                original = shards[left[repeats[number]][0]][left[repeats[number]][1]]
-                verdict = replace(verdict, dropped_by=DUPLICATE, why=f"repeats {original.key}")
-            shards[name][i] = replace(verdict, scores=scores)
+        for stage in self.stages:
+            for rule in stage.rules:
+                if rule.filter not in SET_FILTERS:
+                    continue
+                places = [
+                    (name, i)
+                    for name, verdicts in shards.items()
+                    for i, v in enumerate(verdicts)
+                    if v.dropped_by is None and rule.applies(v.source)
+                ]
+                found = getattr(self, f"_{rule.filter}")([shards[name][i] for name, i in places], places)
+                for (name, i), (value, why) in zip(places, found, strict=True):
+                    shards[name][i] = shards[name][i].scored(rule, stage.number, value, why)
         return shards
 
+    def _duplicate(self, verdicts: list[Verdict], places: list[Place]) -> list[tuple[float, str]]:
+        """1 for a sample that repeats another; of two, the one with more pixels stays, or the earlier one."""
+        order = sorted(range(len(verdicts)), key=lambda n: -verdicts[n].size[0] * verdicts[n].size[1])
+        files = {name: np.load(self._thumbnails(name), mmap_mode="r", allow_pickle=False) for name, _ in places}
+        pictures = [files[places[n][0]][places[n][1]] for n in order]
+        repeated = find_duplicates(np.array(pictures, np.uint8).reshape(-1, SIDE, SIDE, 3))
+        found = [(0.0, "")] * len(verdicts)
+        for n, original in repeated.items():
+            found[order[n]] = 1.0, f"repeats {verdicts[order[original]].key}"
+        return found
+
+    def _domain_excess(self, verdicts: list[Verdict], _: list[Place]) -> list[tuple[float | None, str]]:
+        domains = [v.labels.get("domain", "unknown") for v in verdicts]
+        return [(x, "") for x in balance.domain_excess([v.key for v in verdicts], domains)]
+
+    def _category_rank(self, verdicts: list[Verdict], _: list[Place]) -> list[tuple[float | None, str]]:
+        """By aesthetics, or without that score by the number of pixels."""
+        categories = [v.labels.get("category", "unknown") for v in verdicts]
+        quality = [v.scores.get("aesthetics", v.size[0] * v.size[1] * 1e-12) for v in verdicts]
+        return [(x, "") for x in balance.category_rank([v.key for v in verdicts], categories, quality)]
+
+    def copies(self, shards: dict[str, list[Verdict]]) -> dict[str, list[int]]:
+        """How often each sample is to be written: 0 if it is dropped, more than once for rare characters."""
+        wanted = max((stage.rare_characters for stage in self.stages), default=0)
+        kept = [(name, i) for name, vs in shards.items() for i, v in enumerate(vs) if v.dropped_by is None]
+        times = {name: [0] * len(verdicts) for name, verdicts in shards.items()}
+        for (name, i), n in zip(kept, balance.repeats([shards[n][i].caption for n, i in kept], wanted), strict=True):
+            times[name][i] = n
+        return times
+
     def write(self, shards: dict[str, list[Verdict]], on_shard: Callable[[], None]) -> ShardStage:
-        """Third pass: copy the kept samples, their scores in the record."""
-        inputs = {name: {**stamp, "kept": _digest(shards[name])} for name, stamp in self.inputs.items()}
+        """Third pass: copy the kept samples, scores and labels in their record."""
+        times = self.copies(shards)
+        inputs = {name: {**stamp, "kept": _digest(shards[name], times[name])} for name, stamp in self.inputs.items()}
         stage = ShardStage(self.out, inputs, self.scoring.settings)
         for name in stage.pending():
-            n = write_raw(stage.target(name), self._kept(name, shards[name]))
+            n = write_raw(stage.target(name), self._kept(name, shards[name], times[name]))
             stage.finish(name, {"samples": n, "skipped": self._scores(name)["skipped"]})
             on_shard()
         return stage
 
-    def _kept(self, name: str, verdicts: list[Verdict]) -> Iterator[RawSample]:
-        for sample, verdict in zip(read_raw(self.data / name, lambda problem: None), verdicts, strict=True):
-            if verdict.dropped_by is None:
-                meta = sample.meta | {"scores": sample.meta.get("scores", {}) | verdict.scores}
-                yield replace(sample, meta=meta)
+    def _kept(self, name: str, verdicts: list[Verdict], times: list[int]) -> Iterator[RawSample]:
+        samples = read_raw(self.data / name, lambda problem: None)
+        for sample, verdict, n in zip(samples, verdicts, times, strict=True):
+            meta = sample.meta | {"scores": sample.meta.get("scores", {}) | verdict.scores}
+            if verdict.labels:
+                meta["labels"] = sample.meta.get("labels", {}) | verdict.labels
+            for copy in range(n):
+                key = f"{sample.key}-copy{copy}" if copy else sample.key
+                yield RawSample(key, sample.image, sample.ext, meta)
 
     def _scores(self, name: str) -> dict:
         record = self.scoring.record(self._thumbnails(name).name)
@@ -162,10 +204,14 @@ class Curation:
         return [Verdict(**v | {"size": tuple(v["size"])}) for v in self._scores(name)["verdicts"]]
 
 
-def _score_task(task: tuple[str, RawSample], stages: tuple[Stage, ...]) -> tuple[str, tuple[Verdict, np.ndarray]]:
+def _score_task(
+    task: tuple[str, RawSample], stages: tuple[Stage, ...], tools: Tools
+) -> tuple[str, tuple[Verdict, np.ndarray]]:
     name, sample = task
-    return name, score(sample, stages)
+    return name, score(sample, stages, tools)
 
 
-def _digest(verdicts: list[Verdict]) -> str:
-    return hashlib.blake2b(json.dumps([v.dropped_by for v in verdicts]).encode(), digest_size=16).hexdigest()
+def _digest(verdicts: list[Verdict], times: list[int]) -> str:
+    """Changes with whatever the written shard shows of a decision."""
+    shown = [[v.scores, v.labels, n] for v, n in zip(verdicts, times, strict=True)]
+    return hashlib.blake2b(json.dumps(shown, sort_keys=True).encode(), digest_size=16).hexdigest()

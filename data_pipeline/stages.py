@@ -19,7 +19,9 @@ class Rule:
     most: float | None = None
     exempt: tuple[str, ...] = ()
 
-    def keeps(self, score: float) -> bool:
+    def keeps(self, score: float | None) -> bool:
+        if score is None:
+            return True
         return (self.least is None or score >= self.least) and (self.most is None or score <= self.most)
 
     def applies(self, source: str) -> bool:
@@ -37,6 +39,10 @@ class Stage:
     number: int
     name: str
     rules: tuple[Rule, ...]
+    labels: tuple[str, ...] = ()
+    """What the data is split by."""
+    rare_characters: int = 0
+    """Samples are written several times until each letter of the captions comes this often; 0 for never."""
 
 
 REPORT = (
@@ -45,6 +51,7 @@ REPORT = (
         Rule("file_size", least=0.045, exempt=SYNTHETIC),
         Rule("resolution", least=256),
         Rule("aspect_ratio", most=3.2),
+        Rule("nsfw", most=0.5),
     )),
     Stage(2, "picture quality", (
         Rule("rotation", most=0, exempt=("user",)),
@@ -58,10 +65,32 @@ REPORT = (
     Stage(3, "captions", (
         Rule("invalid_caption", most=0),
         Rule("caption_words", least=2, most=800),
+        Rule("token_length", most=1024),
+        Rule("clip", least=0.2, exempt=SYNTHETIC),
+        Rule("siglip", least=0.05, exempt=SYNTHETIC),
+    ), labels=("caption_split",)),
+    Stage(4, "text in pictures", (
+        Rule("text_area", most=0.6, exempt=SYNTHETIC),
+        Rule("smallest_character", least=8),
+    ), labels=("text_language",)),
+    Stage(5, "abnormal elements", (
+        Rule("resolution", least=640),
+        Rule("qr_code", most=0),
+        Rule("barcode", most=0),
+        Rule("watermark", most=0, exempt=SYNTHETIC),
+        Rule("frame", most=0.1, exempt=SYNTHETIC),
+        Rule("aesthetics", least=4.5, exempt=SYNTHETIC),
     )),
+    Stage(6, "balance of domains", (
+        Rule("domain_excess", most=1),
+    ), labels=("domain",)),
+    Stage(7, "balance of categories", (
+        Rule("category_rank", most=2000),
+    ), labels=("category",), rare_characters=100),
 )  # fmt: skip
-"""As the report orders them. `duplicate` comes last of all, so that a copy never replaces what another filter drops.
-A sideways EXIF orientation is undone when a picture is decoded, so a user's own pictures may have one."""
+"""As the report orders them. Filters that look at the whole set (duplicate, domain_excess, category_rank) see what all
+others keep, so that a copy never replaces what is then dropped. A sideways EXIF orientation is undone when a picture is
+decoded, so a user's own pictures may have one."""
 
 
 def _with(stages: tuple[Stage, ...], **rules: Rule) -> tuple[Stage, ...]:
@@ -71,6 +100,7 @@ def _with(stages: tuple[Stage, ...], **rules: Rule) -> tuple[Stage, ...]:
 TOY = _with(
     REPORT,
     resolution=Rule("resolution", least=48),
+    smallest_character=Rule("smallest_character", least=5),
     duplicate=Rule("duplicate", most=0, exempt=(*SYNTHETIC, "photo")),
 )
 

@@ -2,6 +2,7 @@
 
 import re
 
+from data_pipeline.filters.tools import tokenizer
 from data_pipeline.filters.view import View
 
 _REFUSAL = re.compile(
@@ -21,6 +22,11 @@ _WORD = re.compile(r"[一-鿿぀-ヿ가-힯]|[^\W\d_]+", re.UNICODE)
 def caption_words(view: View) -> float:
     """Words in the caption; each Chinese, Japanese or Korean character counts as one."""
     return float(len(_WORD.findall(view.caption)))
+
+
+def token_length(view: View) -> float:
+    """Tokens of the caption, by the text encoder's tokenizer."""
+    return float(len(tokenizer(view.tools.components)(view.caption).input_ids))
 
 
 def invalid_caption(view: View) -> float:

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 from PIL.Image import Image
 
+from data_pipeline.filters.ocr import Line, read_lines
+from data_pipeline.filters.tools import Tools
 from data_pipeline.pictures import decode
 from data_pipeline.sample import RawSample
 
@@ -19,6 +21,7 @@ class View:
     """A raw sample, seen by filters. Its picture is decoded on first use; ValueError if it cannot be."""
 
     sample: RawSample
+    tools: Tools = Tools()
 
     @property
     def caption(self) -> str:
@@ -44,6 +47,11 @@ class View:
     def gray(self) -> np.ndarray:
         """uint8 [h, w], luma of `rgb` by BT.601."""
         return cv2.cvtColor(self.rgb, cv2.COLOR_RGB2GRAY)
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """The text in `rgb`."""
+        return read_lines(self.rgb)
 
     @cached_property
     def histogram(self) -> np.ndarray:

@@ -86,13 +86,16 @@ def test_each_sample_meets_its_fate(raw_folder: Path, tmp_path: Path, curate, sm
     assert len(kept) + len(dropped) == 47 == audit["samples"] and audit["kept"] == len(kept)
     original = {s.key: s for shard in list_shards(raw_folder) for s in read_raw(shard)}
     for s in kept:
-        assert s.image == original[s.key].image and {**s.meta, "scores": 0} == {**original[s.key].meta, "scores": 0}
+        added = {"scores": s.meta["scores"], "labels": {"caption_split": "raw"}}
+        assert s.image == original[s.key].image and s.meta == original[s.key].meta | added
         assert ("clarity" in s.meta["scores"]) == (s.meta["source"] == "photo")
         assert s.meta["scores"]["broken"] == 0
     assert [f["filter"] for f in audit["filters"]][:2] == ["broken", "file_size"]
     sources = audit["sources"]
     assert sources["shapes"] == [1, 1] and sources["photo"] == [46, len(kept) - 1]
+    assert "clip: not run: no weights" in done.stdout and "token_length: not run: no tokenizer" in done.stdout
     html = (out / "audit.html").read_text()
+    assert html.count("not run: no weights") == 3 and html.count("not run: no tokenizer") == 1
     assert "repeats kept-large" in html and html.count("data:image/jpeg") > 40
     assert not re.search(r'(src|href)="(?!data:)', html)
 
@@ -125,7 +128,7 @@ def test_a_second_run_does_nothing_and_other_rules_do_it_again(raw_folder: Path,
     assert times == {p.name: p.stat().st_mtime_ns for p in [*out.glob("shard*.tar"), *out.glob("scores/*")]}
     fewer = curate(raw_folder, out, "--workers", 1, "--stages", "1")
     assert fewer.returncode == 0 and "kept 45 of 47" in fewer.stdout
-    assert len(json.loads((out / "audit.json").read_text())["filters"]) == 4
+    assert len(json.loads((out / "audit.json").read_text())["filters"]) == 5
 
 
 def test_a_cut_shard_is_passed_over_and_said(raw_folder: Path, tmp_path: Path, curate, small_sides):

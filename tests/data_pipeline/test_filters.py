@@ -7,12 +7,12 @@ import planted
 import pytest
 
 from data_pipeline.filters.duplicates import find_duplicates, thumbnail
-from data_pipeline.filters.table import FILTERS
+from data_pipeline.filters.table import FILTERS, LABELS, SET_FILTERS
 from data_pipeline.filters.view import View
 from data_pipeline.sample import RawSample
 from data_pipeline.stages import REPORT, Rule
 
-RULES: dict[str, Rule] = {rule.filter: rule for stage in REPORT for rule in stage.rules}
+RULES: dict[str, Rule] = {rule.filter: rule for stage in reversed(REPORT) for rule in stage.rules}
 N = 104
 
 
@@ -166,9 +166,10 @@ def test_words_are_counted_in_every_script():
 
 
 def test_every_rule_has_a_filter_and_reads_as_it_acts():
+    assert {rule.filter for stage in REPORT for rule in stage.rules} == {*FILTERS, *SET_FILTERS}
+    assert {label for stage in REPORT for label in stage.labels} == set(LABELS)
     for rule in RULES.values():
-        assert rule.filter == "duplicate" or rule.filter in FILTERS
         assert rule.least is not None or rule.most is not None
     rule = Rule("x", least=1, most=2, exempt=("text",))
-    assert [rule.keeps(v) for v in (0.99, 1, 2, 2.01)] == [False, True, True, False]
+    assert [rule.keeps(v) for v in (0.99, 1, 2, 2.01, None)] == [False, True, True, False, True]
     assert not rule.applies("text") and rule.applies("photo") and str(rule) == "x ≥ 1 and ≤ 2"

@@ -1,0 +1,31 @@
+"""Stage 5, on abnormal elements: machine-readable codes, and frames around the picture."""
+
+import cv2
+import numpy as np
+
+from data_pipeline.filters.view import View
+
+
+def qr_code(view: View) -> float:
+    """1 if OpenCV finds a QR code, else 0."""
+    found, _ = cv2.QRCodeDetector().detect(view.gray)
+    return float(found)
+
+
+def barcode(view: View) -> float:
+    """1 if OpenCV reads a bar code (EAN-8, EAN-13, UPC-A, UPC-E), else 0."""
+    text, _, _ = cv2.barcode.BarcodeDetector().detectAndDecode(view.gray)
+    return float(bool(text))
+
+
+def frame(view: View) -> float:
+    """Share of the height or width taken up by plain strips along opposite borders (letterboxes, frames)."""
+    gray = view.gray.astype(np.int16)
+    return max(_plain_ends(gray), _plain_ends(gray.T))
+
+
+def _plain_ends(gray: np.ndarray) -> float:
+    """Plain rows at the top or the bottom, whichever are fewer, times two, as a share."""
+    plain = np.percentile(gray, 98, axis=1) - np.percentile(gray, 2, axis=1) <= 6
+    top, bottom = (int(np.argmin(rows)) if not rows.all() else len(rows) for rows in (plain, plain[::-1]))
+    return 2 * min(top, bottom) / len(plain)

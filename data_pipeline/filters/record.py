@@ -1,0 +1,20 @@
+"""Labels that a sample's record tells, from its source or from annotation."""
+
+from data_pipeline.filters.view import View
+from data_pipeline.stages import SYNTHETIC
+
+
+def caption_split(view: View) -> str:
+    """raw (as it came), recaptioned (by a model) or fused (by a model that was shown the raw one)."""
+    return view.sample.meta.get("caption_split", "raw")
+
+
+def domain(view: View) -> str:
+    """nature, design, people or synthetic; unknown until the sample is annotated."""
+    drawn = view.sample.meta.get("source") in SYNTHETIC
+    return "synthetic" if drawn else view.sample.meta.get("domain", "unknown")
+
+
+def category(view: View) -> str:
+    """Path in a taxonomy, such as nature/animal/cat; unknown until the sample is annotated."""
+    return view.sample.meta.get("category", "unknown")

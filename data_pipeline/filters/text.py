@@ -1,0 +1,42 @@
+"""Stages 4 and 5, on the text in the picture as OCR reads it: its language, amount and size; is it a watermark."""
+
+import re
+import unicodedata
+from collections import Counter
+
+from data_pipeline.filters.view import View
+
+_OWNER = re.compile(
+    r"shutter\s*stock|getty\s*images|istock|alamy|dreamstime|depositphotos|adobe\s*stock|123rf|\bvcg\b|视觉中国|图虫|千库|摄图"
+    r"|©|\(c\)\s*\d{4}|copyright|all rights reserved|版权所有|watermark|\bsample\b|\bpreview\b|水印|样图"
+    r"|\bwww\.|\.com\b|@[a-z0-9_]{3,}",
+    re.IGNORECASE,
+)
+
+
+def text_language(view: View) -> str:
+    """Label: english, chinese, other or none. A tenth of Han characters makes a picture's text Chinese."""
+    letters = [unicodedata.name(c, "") for line in view.lines for c in line.text if c.isalpha()]
+    if not letters:
+        return "other" if view.lines else "none"
+    if sum(name.startswith("CJK") for name in letters) >= 0.1 * len(letters):
+        return "chinese"
+    return "english" if sum(name.startswith("LATIN") for name in letters) > 0.5 * len(letters) else "other"
+
+
+def text_area(view: View) -> float:
+    """Share of the picture that lines of text cover."""
+    height, width, _ = view.rgb.shape
+    return min(1.0, sum(line.length * line.thickness for line in view.lines) / (height * width))
+
+
+def smallest_character(view: View) -> float | None:
+    """Size in pixels of the smallest line's characters; None without text."""
+    return min((line.character_size for line in view.lines), default=None)
+
+
+def watermark(view: View) -> float:
+    """1 if a line names an owner or an agency, or the same line comes three times; else 0."""
+    texts = [re.sub(r"\W+", "", line.text).lower() for line in view.lines]
+    repeated = max(Counter(t for t in texts if len(t) > 3).values(), default=0) >= 3
+    return float(repeated or any(_OWNER.search(line.text) for line in view.lines))
