@@ -8,14 +8,15 @@ from data_pipeline.filters.view import View
 
 def qr_code(view: View) -> float:
     """1 if OpenCV finds a QR code, else 0."""
-    found, _ = cv2.QRCodeDetector().detect(view.gray)
+    found, _ = cv2.QRCodeDetectorAruco().detect(view.gray)
     return float(found)
 
 
 def barcode(view: View) -> float:
-    """1 if OpenCV reads a bar code (EAN-8, EAN-13, UPC-A, UPC-E), else 0."""
-    text, _, _ = cv2.barcode.BarcodeDetector().detectAndDecode(view.gray)
-    return float(bool(text))
+    """1 if OpenCV finds a bar code (EAN-8, EAN-13, UPC-A, UPC-E), else 0; enlarged, so that thin bars count."""
+    enlarged = cv2.resize(view.gray, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+    found, _ = cv2.barcode.BarcodeDetector().detectMulti(enlarged)
+    return float(found)
 
 
 def frame(view: View) -> float:

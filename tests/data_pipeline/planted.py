@@ -193,3 +193,60 @@ COPIES: tuple[Planter, ...] = (
     brightened,
     lambda p, rng: recompressed(rescaled(cut(p, rng), rng), rng),
 )
+
+
+def pasted(pixels: Pixels, patch: Pixels, rng: np.random.Generator) -> Pixels:
+    """The patch somewhere in the picture."""
+    height, width, _ = patch.shape
+    y, x = (int(rng.integers(0, a - b + 1)) for a, b in zip(pixels.shape, patch.shape[:2], strict=False))
+    found = pixels.copy()
+    found[y : y + height, x : x + width] = patch
+    return found
+
+
+def with_qr_code(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    import cv2
+
+    code = cv2.QRCodeEncoder.create().encode(f"https://shop.example/{rng.integers(1 << 40)}")
+    code = np.kron(np.pad(code, 2, constant_values=255), np.ones((3, 3), np.uint8))
+    return pasted(pixels, np.repeat(code[..., None], 3, axis=2), rng)
+
+
+EAN_LEFT = (
+    "0001101",
+    "0011001",
+    "0010011",
+    "0111101",
+    "0100011",
+    "0110001",
+    "0101111",
+    "0111011",
+    "0110111",
+    "0001011",
+)
+EAN_PARITY = ("LLLLLL", "LLGLGG", "LLGGLG", "LLGGGL", "LGLLGG", "LGGLLG", "LGGGLL", "LGLGLG", "LGLGGL", "LGGLGL")
+
+
+def with_barcode(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """An EAN-13 code, bars of 2 pixels."""
+    digits = [int(d) for d in rng.integers(0, 10, 12)]
+    digits.append(-sum(d * (3 if i % 2 else 1) for i, d in enumerate(digits)) % 10)
+    right = ["".join("10"[int(b)] for b in EAN_LEFT[d]) for d in digits[7:]]
+    left = [
+        EAN_LEFT[d] if parity == "L" else "".join("10"[int(b)] for b in reversed(EAN_LEFT[d]))
+        for d, parity in zip(digits[1:7], EAN_PARITY[digits[0]], strict=True)
+    ]
+    bars = "0" * 9 + "101" + "".join(left) + "01010" + "".join(right) + "101" + "0" * 9
+    row = np.kron([0 if b == "1" else 255 for b in bars], np.ones(2)).astype(np.uint8)
+    return pasted(pixels, np.repeat(np.repeat(row[None, :, None], 80, axis=0), 3, axis=2), rng)
+
+
+def framed(pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    """Letterboxed or in a frame."""
+    height, width, _ = pixels.shape
+    share, colour = rng.uniform(0.07, 0.2), rng.choice([0, 255, int(rng.integers(256))])
+    y, x = [(share, 0.0), (0.0, share), (share, share)][int(rng.integers(3))]
+    page = np.full((round(height * (1 + 2 * y)), round(width * (1 + 2 * x)), 3), colour, np.uint8)
+    top, left = round(height * y), round(width * x)
+    page[top : top + height, left : left + width] = pixels
+    return page
