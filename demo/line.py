@@ -115,7 +115,7 @@ def run_line(line: list[Stage], out: Path) -> None:
         start = time.monotonic()
         status = run_command(stage.command)
         if status == 130:
-            raise KeyboardInterrupt
+            raise SystemExit(130)  # the stage has said that it was interrupted
         if status:
             raise UserError(f"stage {stage.name} ended with status {status}; mend the cause and run the same command")
         write_json(marker, {"fingerprint": mark, "seconds": round(time.monotonic() - start, 1)})
