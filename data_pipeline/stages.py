@@ -71,7 +71,7 @@ REPORT = (
     ), labels=("caption_split",)),
     Stage(4, "text in pictures", (
         Rule("text_area", most=0.6, exempt=SYNTHETIC),
-        Rule("smallest_character", least=8),
+        Rule("smallest_character", least=9.5),
     ), labels=("text_language",)),
     Stage(5, "abnormal elements", (
         Rule("resolution", least=640),
