@@ -223,11 +223,14 @@ class Loader:
             yield (epoch, index), [[replace(self.dataset[i], epoch=e) for i, e in group] for group in self.share(step)]
 
     def share(self, step: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-        """This rank's microbatches of a global step, given as (index, epoch) of each sample."""
+        """This rank's microbatches of a global step, given as (index, epoch) of each sample.
+
+        In a microbatch, samples are sorted by length: attention runs those of one length as one batch.
+        """
         costs = [int(self.dataset.tokens[i]) for i, _ in step]
         mine = spread(costs, self.dp_size)[self.dp_rank]
         groups = microbatches([costs[i] for i in mine], self.max_tokens)
-        return [[step[mine[j]] for j in group] for group in groups]
+        return [[step[mine[j]] for j in sorted(group, key=lambda j: costs[mine[j]])] for group in groups]
 
 
 class _Reader:

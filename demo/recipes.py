@@ -11,7 +11,9 @@ class Recipe:
     """Lengths of every stage of the line."""
 
     pictures: int
-    """Synthetic pictures to draw (text, shapes, crops of photographs)."""
+    """Synthetic pictures to draw."""
+    kinds: str
+    """Their kinds with shares, as `data_pipeline/synthesize.py` takes them."""
     vae_steps: int
     image_decoder_steps: int
     batch_size: int
@@ -29,6 +31,7 @@ class Recipe:
 RECIPES = {
     "quick": Recipe(
         pictures=480,
+        kinds="text,shapes,photo",
         vae_steps=80,
         image_decoder_steps=40,
         batch_size=16,
@@ -41,16 +44,17 @@ RECIPES = {
         sample_steps=10,
     ),
     "demo": Recipe(
-        pictures=8000,
-        vae_steps=1500,
-        image_decoder_steps=300,
-        batch_size=32,
-        steps_256=2400,
-        steps_640=400,
-        sft_steps=150,
+        pictures=12000,
+        kinds="shapes:6,text,photo",
+        vae_steps=1000,
+        image_decoder_steps=400,
+        batch_size=64,
+        steps_256=1500,
+        steps_640=250,
+        sft_steps=80,
         dpo_pairs=96,
-        dpo_steps=60,
-        grpo_steps=30,
+        dpo_steps=40,
+        grpo_steps=20,
         sample_steps=30,
     ),
 }
@@ -110,7 +114,8 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         return train(f"pretrain-{res}", f"flow matching, stage {res}", "pretrain/stage.py", steps, *where, *more)
 
     if data is None:
-        draw = ["data_pipeline/synthesize.py", "--count", recipe.pictures, "--size", 128, "--out", raw]
+        draw = ["data_pipeline/synthesize.py", "--kinds", recipe.kinds]
+        draw += ["--count", recipe.pictures, "--size", 128, "--out", raw]
         source = stage("data", "words in real fonts, shapes, crops of photographs", *draw)
     else:
         source = stage("data", f"pictures of {data}", "data_pipeline/ingest.py", "--data", data, "--out", raw)

@@ -102,7 +102,7 @@ class Block(nn.Module):
     def __init__(self, config: MMDiTConfig, ops: Ops, last: bool = False):
         super().__init__()
         self.img, self.txt, self.last = Stream(config, ops), Stream(config, ops), last
-        self.attention = ops.attention
+        self.attention, self.whole = ops.attention, ops.shards == 1
         if last:
             for module in (self.txt.out, self.txt.mlp_in, self.txt.mlp_out):
                 module.requires_grad_(False)
@@ -119,12 +119,9 @@ class Block(nn.Module):
         q, k, v = (torch.cat(pair) for pair in zip(text, image, strict=True))
         heads = self.attention(q, k, v, pack)
         text_heads, image_heads = heads.split((len(text[0]), len(image[0])))
-        if self.last and img_rows.runs is not None:
-            img, image_heads, img_rows = (
-                img[: pack.n_target],
-                image_heads[: pack.n_target],
-                img_rows.prefix(pack.n_target),
-            )
+        if self.last and self.whole:
+            n = pack.n_target
+            img, image_heads, img_rows = img[:n], image_heads[:n], img_rows.prefix(n)
         img = self.img.add_attention(img, image_heads, gate1, img_rows)
         img = self.img.add_mlp(img, shift2, scale2, gate2, img_rows)
         if not self.last:

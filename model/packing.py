@@ -19,6 +19,9 @@ from torch import Tensor
 
 from model.rope import sample_positions
 
+MIN_RUN = 128
+"""Tokens that runs of one modulation row must have on average to be treated run by run."""
+
 Size = tuple[int, int, int]
 """(frames, height, width) in tokens."""
 
@@ -176,7 +179,8 @@ class Rows:
     one_hot: Tensor
     """[L, R]: `one_hot @ table` gives each token its row (and sums gradients over tokens by a matrix product)."""
     runs: tuple[tuple[int, int], ...] | None
-    """The same as (length, row) of consecutive runs, where a whole stream is on this rank."""
+    """The same as (length, row) of consecutive runs, where a whole stream is on this rank and runs are long enough
+    for one call each to cost less than the product."""
 
     @classmethod
     def of(cls, lengths: list[int], rows: list[int], total: int, n_rows: int, like: Tensor) -> "Rows":
@@ -190,10 +194,12 @@ class Rows:
                 runs.append((length, row))
         index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
         one_hot = torch.zeros(total, n_rows).index_put_((torch.arange(total - tail), index), torch.ones(()))
-        return cls(one_hot.to(like.device, like.dtype), tuple(runs))
+        return cls(one_hot.to(like.device, like.dtype), tuple(runs) if total >= MIN_RUN * len(runs) else None)
 
     def prefix(self, length: int) -> "Rows":
         """The rows of the first `length` tokens."""
+        if self.runs is None:
+            return Rows(self.one_hot[:length], None)
         runs, left = [], length
         for run, row in self.runs:
             if left:

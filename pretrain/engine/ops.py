@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from model.attention import varlen_attention
+from model.attention import permute, varlen_attention
 from model.ops import Ops
 from model.packing import Pack
 from pretrain.engine.device import Layout
@@ -100,9 +100,11 @@ class MegatronOps(Ops):
         cp = self.layout.cp_size
         order, inverse = self._order(pack)
         if cp == 1:
-            return self.varlen_attention(q[order], k[order], v[order], pack)[inverse]
-        q, k, v = _exchange_tokens_for_heads(torch.stack((q, k, v), dim=1), cp, self.layout.cp_group)[order].unbind(1)
-        heads = self.varlen_attention(q, k, v, pack)[inverse]
+            q, k, v = (permute(x, order, inverse) for x in (q, k, v))
+            return permute(self.varlen_attention(q, k, v, pack), inverse, order)
+        qkv = _exchange_tokens_for_heads(torch.stack((q, k, v), dim=1), cp, self.layout.cp_group)
+        q, k, v = permute(qkv, order, inverse).unbind(1)
+        heads = permute(self.varlen_attention(q, k, v, pack), inverse, order)
         return _exchange_heads_for_tokens(heads, cp, self.layout.cp_group)
 
     def _order(self, pack: Pack) -> tuple[Tensor, Tensor]:
