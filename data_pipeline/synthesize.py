@@ -34,6 +34,8 @@ class Config:
     """UTF-8 text to draw, a paragraph a line: a .txt file or a folder of them. Default: a small embedded one."""
     templates: Path | None = None
     """Folder of .toml templates for layouts. Default: the embedded ones."""
+    photos: tuple[str, ...] | None = None
+    """File names of the embedded photographs to draw from, say chelsea.png coffee.png. Default: all."""
     min_occurrences: int = 0
     """Draw passages so that every character that the corpus has and a font covers appears in this many text samples."""
     shard_size: int = 500
@@ -53,7 +55,8 @@ def main(config: Config) -> None:
         raise UserError("--count, --shard-size and --workers must be at least 1")
     if config.size < 32 or config.size % 16:
         raise UserError(f"--size must be a multiple of 16 from 32 on, not {config.size}")
-    recipe = Recipe(parse_kinds(config.kinds), config.size, config.seed, Sources(config.corpus, config.templates))
+    sources = Sources(config.corpus, config.templates, config.photos)
+    recipe = Recipe(parse_kinds(config.kinds), config.size, config.seed, sources)
     starts = range(0, config.count, config.shard_size)
     shards = {
         config.out / shard_name(i): range(s, min(s + config.shard_size, config.count)) for i, s in enumerate(starts)
@@ -81,8 +84,8 @@ def _require_same(config: Config) -> None:
 
     from data_pipeline.atomic import write_json
 
-    names = ("kinds", "count", "size", "seed", "corpus", "templates", "min_occurrences", "shard_size")
-    wanted = {n: str(v) if isinstance(v := getattr(config, n), Path) else v for n in names}
+    names = ("kinds", "count", "size", "seed", "corpus", "templates", "photos", "min_occurrences", "shard_size")
+    wanted = json.loads(json.dumps({n: getattr(config, n) for n in names}, default=str))
     path = config.out / "synthesis.json"
     config.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():

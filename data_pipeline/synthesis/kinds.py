@@ -22,6 +22,8 @@ class Sources:
 
     corpus: Path | None = None
     templates: Path | None = None
+    photos: tuple[str, ...] | None = None
+    """File names of the embedded photographs to draw from; all others are held out."""
 
 
 _corpus = functools.cache(read_corpus)
@@ -42,19 +44,21 @@ def _shapes(rng: np.random.Generator, side: int, sources: Sources, passage: None
 
 
 def _photo(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
-    return photos.make(rng, side, _views())
+    return photos.make(rng, side, _views(sources.photos))
 
 
 def _layout(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
-    return layouts.make(rng, side, _templates(sources.templates), _corpus(sources.corpus), _faces(), _views())
+    return layouts.make(
+        rng, side, _templates(sources.templates), _corpus(sources.corpus), _faces(), _views(sources.photos)
+    )
 
 
 def _scene(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
-    return scenes.make(rng, side, _places(), _corpus(sources.corpus), _faces())
+    return scenes.make(rng, side, _places(sources.photos), _corpus(sources.corpus), _faces())
 
 
 def _edit(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
-    return edits.make(rng, side, _corpus(sources.corpus), _faces(), _places())
+    return edits.make(rng, side, _corpus(sources.corpus), _faces(), _places(sources.photos))
 
 
 KINDS: dict[str, Callable[[np.random.Generator, int, Sources, str | None], Picture]] = {
@@ -93,9 +97,9 @@ class Recipe:
         if kinds & {"text", "scene", "layout", "edit"}:
             _corpus(self.sources.corpus), _faces()
         if kinds & {"photo", "layout"}:
-            _views()
+            _views(self.sources.photos)
         if kinds & {"scene", "edit"}:
-            _places()
+            _places(self.sources.photos)
         if "layout" in kinds:
             _templates(self.sources.templates)
 

@@ -28,16 +28,20 @@ class View:
     """Box that a crop must stay in; None for the whole photograph."""
 
 
-def read_views() -> tuple[View, ...]:
-    """The views of `photos.toml` whose photographs are installed. Raises ValueError if there is none."""
+def read_views(names: tuple[str, ...] | None = None) -> tuple[View, ...]:
+    """The views of `photos.toml` whose photographs are installed and, if `names` are given, among these file names.
+
+    Raises ValueError if there is none.
+    """
     views = []
     for entry in tomllib.loads(VIEWS.read_text(encoding="utf-8"))["view"]:
         photograph = installed_file(entry["package"], entry["file"])
-        if photograph is not None:
+        if photograph is not None and (names is None or photograph.name in names):
             boxes = (tuple(entry[name]) if name in entry else None for name in ("subject", "within"))
             views.append(View(photograph, tuple(entry["captions"]), *boxes))
     if not views:
-        raise ValueError("no photographs found: install scikit-image, scikit-learn or matplotlib")
+        of = "" if names is None else f" called {', '.join(names)}"
+        raise ValueError(f"no photographs{of} found in scikit-image, scikit-learn or matplotlib")
     return tuple(views)
 
 

@@ -66,12 +66,15 @@ class Scene:
     """Of texture and grain."""
 
 
-def read_places() -> tuple[Place, ...]:
-    """The places of `scenes.toml` whose photographs are installed. Raises ValueError if there is none."""
+def read_places(names: tuple[str, ...] | None = None) -> tuple[Place, ...]:
+    """The places of `scenes.toml` whose photographs are installed and, if `names` are given, among these file names.
+
+    Raises ValueError if there is none.
+    """
     places = []
     for entry in tomllib.loads(PLACES.read_text(encoding="utf-8"))["scene"]:
         path = installed_file(entry["package"], entry["file"])
-        if path is not None:
+        if path is not None and (names is None or path.name in names):
             boxes = (tuple(entry[name]) if name in entry else None for name in ("subject", "within"))
             view = View(path, (), *boxes)
             pitch, monochrome = tuple(entry["pitch"]), entry.get("monochrome", False)
@@ -80,7 +83,8 @@ def read_places() -> tuple[Place, ...]:
                 Place(view, tuple(entry["mounts"]), keep, pitch, entry["where"], entry["chinese"], monochrome)
             )
     if not places:
-        raise ValueError("no photographs found: install scikit-image or scikit-learn")
+        of = "" if names is None else f" called {', '.join(names)}"
+        raise ValueError(f"no photographs of scenes{of} found in scikit-image or scikit-learn")
     return tuple(places)
 
 

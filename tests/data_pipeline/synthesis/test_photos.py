@@ -1,5 +1,7 @@
 import numpy as np
+import pytest
 
+from data_pipeline.synthesis.kinds import Recipe, Sources
 from data_pipeline.synthesis.photos import draw_crop, load_photo, make, read_views
 from data_pipeline.synthesis.picture import generator
 
@@ -34,3 +36,10 @@ def test_every_photograph_suits_some_ratio_at_every_resolution() -> None:
                 picture = make(generator(i, 0), side, of_photograph)
                 height, width = picture.image.shape[:2]
                 assert height % 16 == width % 16 == 0 and 0.7 < height * width / side**2 < 1.4
+
+
+def test_photographs_that_are_not_named_are_held_out() -> None:
+    recipe = Recipe((("photo", 1.0), ("scene", 1.0)), 96, 0, Sources(photos=("camera.png", "gravel.png")))
+    assert {recipe.make(i).meta["photo"] for i in range(12)} == {"camera.png", "gravel.png"}
+    with pytest.raises(ValueError, match="no photographs called nobody.png"):
+        read_views(("nobody.png",))
