@@ -189,7 +189,7 @@ class Curation:
                 meta["labels"] = sample.meta.get("labels", {}) | verdict.labels
             for copy in range(n):
                 key = f"{sample.key}-copy{copy}" if copy else sample.key
-                yield RawSample(key, sample.image, sample.ext, meta)
+                yield replace(sample, key=key, meta=meta)
 
     def _scores(self, name: str) -> dict:
         record = self.scoring.record(self._thumbnails(name).name)

@@ -1,12 +1,14 @@
 """Raw samples to encoded samples, one shard at a time: pictures to latents, captions to hidden states.
 
+The result of an edit also gets the latent of each picture that the edit began with, encoded alone, and its instruction
+is encoded together with those pictures.
+
 A shard's batches are formed from its own samples alone, so its bytes are a function of its input, however often the
 work was interrupted. Each picture is decoded once, in threads that run ahead of the networks.
 """
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +18,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.atomic import atomic_file, write_json
+from data_pipeline.parallel import map_threads
 from data_pipeline.pictures import decode, fit
 from data_pipeline.sample import EncodedSample, Fingerprint, RawSample
 from data_pipeline.shards import OnProblem, Problem, read_raw, write_encoded
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from model.conditioner import Conditioner
     from vae.autoencoder import VAE
 
@@ -35,6 +40,10 @@ class Fitted:
     pixels: np.ndarray
     """uint8 [h, w, 3]"""
     meta: dict
+    references: tuple[np.ndarray, ...] = ()
+    """uint8 [h, w, 3] each, in its own bucket."""
+    shown: "tuple[Image, ...]" = ()
+    """The references for the text encoder, at its resolution."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +79,39 @@ class Encoder:
 
     def _fitted(self, samples: Iterable[RawSample], shard: str, on_problem: OnProblem) -> Iterator[Fitted]:
         """Decode and fit in threads, at most two batches ahead, in order."""
-        with ThreadPoolExecutor(self.decode_threads) as pool:
-            for raw, result in _in_order(pool, self._fit, samples, ahead=2 * self.batch_size):
-                if isinstance(result, ValueError):
-                    on_problem(Problem(shard, raw.key, str(result)))
-                else:
-                    yield result
+        for raw, result in map_threads(self._fit, samples, self.decode_threads, ahead=2 * self.batch_size):
+            if isinstance(result, ValueError):
+                on_problem(Problem(shard, raw.key, str(result)))
+            else:
+                yield result
 
     def _fit(self, raw: RawSample) -> "Fitted | ValueError":
         try:
             pixels, box = fit(decode(raw.image), self.res)
+            references, shown = self._fit_references(raw)
         except ValueError as error:
             return error
         height, width, _ = pixels.shape
-        return Fitted(raw, pixels, raw.meta | {"bucket": [width, height], "crop": [round(x, 2) for x in box]})
+        meta = raw.meta | {"bucket": [width, height], "crop": [round(x, 2) for x in box]}
+        return Fitted(raw, pixels, meta, references, shown)
+
+    def _fit_references(self, raw: RawSample) -> "tuple[tuple[np.ndarray, ...], tuple[Image, ...]]":
+        """Each reference in its bucket for the VAE, and the same part of it for the text encoder."""
+        from PIL.Image import Resampling
+
+        from model.conditioner import fit_area
+
+        fitted, shown = [], []
+        for i, data in enumerate(raw.references):
+            try:
+                picture = decode(data)
+            except ValueError as error:
+                raise ValueError(f"its reference {i} {error}") from None
+            pixels, box = fit(picture, self.res)
+            size = fit_area(box[2] - box[0], box[3] - box[1], self.conditioner.picture_area)
+            fitted.append(pixels)
+            shown.append(picture.resize(size, Resampling.LANCZOS, box=box))
+        return tuple(fitted), tuple(shown)
 
     def _encoded(self, samples: Iterable[Fitted], on_samples: Callable[[int], None]) -> Iterator[EncodedSample]:
         """Encode bucket by bucket: whenever one has a full batch, and in the end what is left in each."""
@@ -100,25 +128,22 @@ class Encoder:
             on_samples(len(batch))
 
     def _encode(self, batch: list[Fitted]) -> Iterator[EncodedSample]:
-        latents = self.vae.encode_latent(self._pixels(batch)).float().cpu()
-        texts = self.conditioner.encode([s.raw.meta["caption"].strip() or EMPTY_PROMPT for s in batch])
+        latents = self._latents([s.pixels for s in batch])
+        texts = self._texts([s.raw.meta["caption"].strip() or EMPTY_PROMPT for s in batch], batch)
+        edits = [s for s in batch if s.references]
+        empty = iter(self._texts([EMPTY_PROMPT] * len(edits), edits))
         for sample, latent, txt in zip(batch, latents, texts, strict=True):
-            yield EncodedSample(sample.raw.key, latent, txt.bfloat16().cpu(), meta=sample.meta)
+            references = [self._latents([pixels])[0] for pixels in sample.references]
+            txt_empty = next(empty) if references else None
+            yield EncodedSample(sample.raw.key, latent, txt, references, txt_empty, sample.meta)
 
-    def _pixels(self, batch: list[Fitted]) -> Tensor:
-        """[B, 3, 1, h, w] in [-1, 1] where the VAE is."""
-        pixels = torch.from_numpy(np.stack([s.pixels for s in batch])).permute(0, 3, 1, 2)[:, :, None]
-        return pixels.to(next(self.vae.parameters()).device).float() / 127.5 - 1
+    def _texts(self, prompts: list[str], batch: list[Fitted]) -> list[Tensor]:
+        """bf16 [L_i, D] of each prompt, with its sample's references."""
+        hidden = self.conditioner.encode(prompts, [list(s.shown) for s in batch])
+        return [h.bfloat16().cpu() for h in hidden]
 
-
-def _in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator[tuple]:
-    """(item, function(item)) in the items' order, at most `ahead` of them begun and not yet taken."""
-    begun: deque[tuple] = deque()
-    for item in items:
-        begun.append((item, pool.submit(function, item)))
-        if len(begun) == ahead:
-            first, result = begun.popleft()
-            yield first, result.result()
-    while begun:
-        first, result = begun.popleft()
-        yield first, result.result()
+    def _latents(self, pictures: list[np.ndarray]) -> Tensor:
+        """fp32 [B, 16, 1, h/8, w/8] of uint8 pictures [h, w, 3] of one size."""
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)[:, :, None]
+        pixels = pixels.to(next(self.vae.parameters()).device).float() / 127.5 - 1
+        return self.vae.encode_latent(pixels).float().cpu()

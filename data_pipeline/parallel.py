@@ -1,8 +1,9 @@
-"""A function over many items on all cores, the results in order."""
+"""A function over many items, in processes or in threads, the results in order."""
 
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -41,6 +42,24 @@ def map_ordered(function: Callable[[A], B], items: Iterable[A], workers: int, ch
             for future in pending:
                 future.cancel()
             cv2.setNumThreads(threads)
+
+
+def map_threads(function: Callable[[A], B], items: Iterable[A], threads: int, ahead: int) -> Iterator[tuple[A, B]]:
+    """(item, function of it), in order, in `threads` threads, at most `ahead` items begun and not yet taken."""
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque = deque()
+        try:
+            for item in items:
+                begun.append((item, pool.submit(function, item)))
+                if len(begun) == ahead:
+                    first, result = begun.popleft()
+                    yield first, result.result()
+            while begun:
+                first, result = begun.popleft()
+                yield first, result.result()
+        finally:
+            for _, result in begun:
+                result.cancel()
 
 
 def _start() -> None:
