@@ -26,6 +26,8 @@ class Recipe:
     grpo_steps: int
     sample_steps: int
     """Denoising steps of the pictures in the report."""
+    validate: bool
+    """Whether every trainer draws frozen prompts at its end, which the judge scores."""
 
 
 RECIPES = {
@@ -42,6 +44,7 @@ RECIPES = {
         dpo_steps=6,
         grpo_steps=3,
         sample_steps=10,
+        validate=False,
     ),
     "demo": Recipe(
         pictures=12000,
@@ -56,6 +59,7 @@ RECIPES = {
         dpo_steps=40,
         grpo_steps=20,
         sample_steps=30,
+        validate=True,
     ),
 }
 
@@ -106,6 +110,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
 
     def train(name: str, purpose: str, script: str, steps: int, *more: object) -> Stage:
         common = [script, "--components", components, "--steps", steps, "--out", out / name]
+        common += ["--validate-every", steps if recipe.validate else 0]
         return stage(name, purpose, *common, *more)
 
     def pretrain(res: int, steps: int, *more: object) -> Stage:

@@ -24,8 +24,10 @@ class Config:
     steps: int = 12
     """Denoising steps a picture."""
     cfg_scale: float = 3.0
-    prompts: int = 8
-    """Prompts drawn from every stage."""
+    captions: int = 4
+    """Training captions drawn from every stage."""
+    held_out: int = 5
+    """Validation prompts of the shapes world drawn beside them, if the data are ours."""
     size: int = 96
     """Side of the drawn pictures in pixels."""
 
@@ -76,7 +78,7 @@ def curves(line: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    logs = {name: read_metrics(line / name / "metrics.jsonl") for name in TRAINED}
+    logs = {name: read_rows(line / name / "metrics.jsonl") for name in TRAINED}
     logs = {name: rows for name, rows in logs.items() if rows}
     if not logs:
         return None
@@ -94,8 +96,8 @@ def curves(line: Path):
     return buffer.getvalue()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl, or [] when there is none."""
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a .jsonl, or [] when there is none."""
     return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -107,10 +109,13 @@ def drawings(config: Config, samples: list):
         return None
     from PIL import Image
 
+    from evaluation.prompts import shapes_prompts
     from evaluation.source import load
     from pretrain.engine.checkpoint import read_weights
 
-    prompts = [s.meta["caption"] for s in spread(samples, config.prompts)]
+    prompts = [s.meta["caption"] for s in spread(samples, config.captions)]
+    if (config.line / "data" / "raw" / "synthesis.json").exists():
+        prompts += [p.text for p in shapes_prompts("validation")[: config.held_out]]
     sizes, seeds = [(config.size, config.size)] * len(prompts), list(range(len(prompts)))
     painter = load(runs[models[0]])
     rows = []
@@ -121,13 +126,18 @@ def drawings(config: Config, samples: list):
     return rows, models, prompts
 
 
-def stage_table(line: Path) -> list[tuple[str, str, str]]:
-    """(stage, seconds, last logged loss or reward) of every finished stage."""
+def stage_table(line: Path) -> list[tuple[str, str, str, str]]:
+    """(stage, seconds, last logged loss or reward, last validation) of every finished stage."""
     rows = []
     for marker in sorted((line / "finished").glob("*.json"), key=lambda p: p.stat().st_mtime):
-        last = (read_metrics(line / marker.stem / "metrics.jsonl") or [{}])[-1]
+        last = (read_rows(line / marker.stem / "metrics.jsonl") or [{}])[-1]
         shown = ", ".join(f"{k} {last[k]:.4g}" for k in ("loss", "reward") if k in last)
-        rows.append((marker.stem, f"{json.loads(marker.read_text())['seconds']:.0f}", shown))
+        judged = [
+            f"{v['judge']:.2f} [{v['judge_low']:.2f}, {v['judge_high']:.2f}], reward {v['reward']:.2f}"
+            for v in read_rows(line / marker.stem / "validation.jsonl")[-1:]
+        ]
+        seconds = json.loads(marker.read_text())["seconds"]
+        rows.append((marker.stem, f"{seconds:.0f}", shown, "".join(judged)))
     return rows
 
 
@@ -152,8 +162,9 @@ def main(config: Config) -> None:
         page["curves"] = data_uri(plot)
     if drawn := drawings(config, samples):
         rows, page["models"], page["prompts"] = drawn
+        page["captions"] = min(config.captions, len(samples))
         page["drawings"] = [[data_uri(picture) for picture in row] for row in rows]
-        sheets.append(contact_sheet([p for row in rows for p in row], config.prompts, 144))
+        sheets.append(contact_sheet([p for row in rows for p in row], len(rows[0]), 128))
     stack(sheets).save(folder / "overview.png")
     compared = folder / "compare.json"
     page["compare"] = json.loads(compared.read_text()) if compared.exists() else None

@@ -37,6 +37,10 @@ class Condition:
     references: tuple[Tensor, ...] = ()
     """Latents [C, 1, h, w] of the pictures to edit."""
 
+    def to(self, device: torch.device | str) -> "Condition":
+        empty = None if self.txt_empty is None else self.txt_empty.to(device)
+        return Condition(self.txt.to(device), empty, tuple(r.to(device) for r in self.references))
+
 
 class Guidance:
     """A fixed batch of conditions and sizes, laid out once: positives and, if `cfg_scale` > 1, negatives in one pack.

@@ -63,6 +63,7 @@ def main(given: Config) -> None:
         return
 
     from data_pipeline.loader import Loader
+    from evaluation.validation import validations
     from posttrain.objectives import DiffusionDPO
     from posttrain.preference import PairDataset, is_finished, list_judged
     from posttrain.prompts import read_prompts
@@ -94,7 +95,8 @@ def main(given: Config) -> None:
         vae = VAE.from_folder(config.components, engine.device).eval()
         shown = [dataset[i].win for i in range(min(8, len(dataset)))]
         samples = SampleHook(config.sample_every, run_folder, vae, shown, together=len(shown) if TOY else 1)
-        train(engine, DiffusionDPO(config.beta), batches, config.loop, run_folder, [samples])
+        hooks = [samples, *validations(config.validate_every, run_folder, engine, config.components, config.size_px)]
+        train(engine, DiffusionDPO(config.beta), batches, config.loop, run_folder, hooks)
         batches.close()
     finally:
         engine.close()

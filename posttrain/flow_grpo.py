@@ -80,6 +80,7 @@ def main(given: Config) -> None:
         )
         return
 
+    from evaluation.validation import validations
     from posttrain.objectives import FlowGRPO
     from posttrain.rewards import WeightedRewards
     from posttrain.rollout import Rollouts, random_steps
@@ -115,7 +116,8 @@ def main(given: Config) -> None:
             updates_per_rollout=config.updates_per_rollout,
             seed=config.loop.seed,
         )
-        train(engine, objective, batches, config.loop, run_folder, [samples])
+        hooks = [samples, *validations(config.validate_every, run_folder, engine, config.components, config.size_px)]
+        train(engine, objective, batches, config.loop, run_folder, hooks)
     finally:
         engine.close()
 

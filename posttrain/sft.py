@@ -12,7 +12,7 @@ try:
     import tyro
 
     from command_line import UserError, run
-    from posttrain.start import TOY, RunConfig, begin, engine_defaults, plan, resolve, trained_with
+    from posttrain.start import TOY, RunConfig, begin, engine_defaults, picture_side, plan, resolve, trained_with
     from pretrain.demo_data import FOLDER, MODEL
     from pretrain.engine.config import EngineConfig
     from pretrain.loop import LoopConfig
@@ -48,6 +48,7 @@ def main(given: Config) -> None:
         return
 
     from data_pipeline.loader import EncodedDataset, Loader
+    from evaluation.validation import validations
     from pretrain.loop import train
     from pretrain.objective import VelocityMSE
     from pretrain.run_folder import RunFolder
@@ -65,7 +66,9 @@ def main(given: Config) -> None:
         shown = [dataset[i] for i in range(min(8, len(dataset)))]
         samples = SampleHook(config.sample_every, run_folder, vae, shown, together=len(shown) if TOY else 1)
         objective = VelocityMSE(condition_dropout=config.condition_dropout)
-        train(engine, objective, batches, config.loop, run_folder, [samples])
+        side_px = picture_side(None, config.init)
+        hooks = [samples, *validations(config.validate_every, run_folder, engine, config.components, side_px)]
+        train(engine, objective, batches, config.loop, run_folder, hooks)
         batches.close()
     finally:
         engine.close()

@@ -47,6 +47,8 @@ class RunConfig:
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     sample_every: int = 50 if TOY else 200
     """Steps between pictures in samples/."""
+    validate_every: int = 50 if TOY else 500
+    """Steps between validations: frozen prompts of the shapes world are drawn and judged. 0 for none."""
     dry_run: bool = False
     """Print the plan, do nothing."""
 

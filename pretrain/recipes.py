@@ -43,6 +43,9 @@ class StageConfig:
     """Probability that a sample trains with the empty prompt, for guidance."""
     sample_every: int = 1000
     """Steps between pictures in samples/, which need --components."""
+    validate_every: int = 5000
+    """Steps between validations: frozen prompts of the shapes world are drawn and judged. They need a text encoder in
+    --components. 0 for none."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=LoopConfig)
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     dry_run: bool = False
@@ -70,7 +73,7 @@ STAGES: dict[int, StageConfig] = {
 }
 TOYS: dict[int, StageConfig] = {
     res: replace(
-        stage, preset="tiny", batch_size=32, max_tokens=4096, sample_every=100, engine=_TOY,
+        stage, preset="tiny", batch_size=32, max_tokens=4096, sample_every=100, validate_every=100, engine=_TOY,
         loop=LoopConfig(steps=200, save_every=50),
     )
     for res, stage in STAGES.items()

@@ -2,6 +2,7 @@
 
 config.toml      every setting, resolved; `--config` takes it back
 metrics.jsonl    one row a step, equal to that of a run that was never interrupted (so it holds no times)
+validation.jsonl one row a validation: scores of pictures of frozen prompts, drawn by the moving average
 tensorboard/     the same, and speed
 samples/         pictures
 checkpoints/     step_00001000/ ...
@@ -22,6 +23,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Any, writes: bool = True):
         self.path, self.writes = Path(path), writes
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self._validation = self.path / "validation.jsonl"
         self._metrics = self._board = None
         if writes:
             for folder in (self.checkpoints, self.samples):
@@ -39,9 +41,10 @@ class RunFolder:
         kept = rows[:step]
         if any(json.loads(row)["step"] != i for i, row in enumerate(kept, 1)) or len(kept) < step:
             raise ValueError(f"{file} does not hold one row for each of {step} steps; restore it or start a new run")
-        temporary = file.with_name(".tmp-metrics.jsonl")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, file)
+        _replace(file, kept)
+        if self._validation.exists():
+            rows = self._validation.read_text().splitlines(keepends=True)
+            _replace(self._validation, [row for row in rows if json.loads(row)["step"] <= step])
         self._metrics = file.open("a")
         self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
@@ -49,11 +52,19 @@ class RunFolder:
         """Append the row of a step; what is not finite becomes null. `speed` goes to TensorBoard alone."""
         if not self.writes:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+        self._metrics.write(_row(step, metrics))
         self._metrics.flush()
         for name, value in {**metrics, **speed}.items():
             self._board.add_scalar(name, value, step)
+
+    def log_validation(self, step: int, scores: dict[str, float]) -> None:
+        """Append the scores of a validation."""
+        if not self.writes:
+            return
+        with self._validation.open("a") as file:
+            file.write(_row(step, scores))
+        for name, value in scores.items():
+            self._board.add_scalar(f"validation/{name}", value, step)
 
     def sync(self) -> None:
         """Bring all rows to disk, as before a checkpoint that relies on them."""
@@ -66,6 +77,17 @@ class RunFolder:
             self._metrics.close()
             self._board.close()
             self._metrics = self._board = None
+
+
+def _row(step: int, values: dict[str, float]) -> str:
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps({"step": step, **finite}) + "\n"
+
+
+def _replace(file: Path, rows: list[str]) -> None:
+    temporary = file.with_name(f".tmp-{file.name}")
+    temporary.write_text("".join(rows))
+    os.replace(temporary, file)
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:

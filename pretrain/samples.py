@@ -31,9 +31,9 @@ class SampleHook:
     """Pictures drawn in one pack."""
 
     def __call__(self, engine: "Engine", step: int) -> None:
-        on = lambda t: t.to(engine.device)  # noqa: E731
-        conditions = [Condition(on(s.txt), on(s.txt_empty), tuple(map(on, s.references))) for s in self.prompts]
-        noise = [on(Randomness(0).normal(s.key, 0, "sample", tuple(s.latent.shape))) for s in self.prompts]
+        conditions = [Condition(s.txt, s.txt_empty, s.references).to(engine.device) for s in self.prompts]
+        noise = [Randomness(0).normal(s.key, 0, "sample", tuple(s.latent.shape)) for s in self.prompts]
+        noise = [n.to(engine.device) for n in noise]
         velocity = partial(engine.frozen, "ema")
         latents = []
         for i in range(0, len(noise), self.together):

@@ -89,16 +89,18 @@ def open_data(config: StageConfig):
 
 
 def hooks(config: StageConfig, engine, run_folder, dataset) -> list:
-    """Pictures, if there is a VAE to draw them with."""
+    """Pictures and validation, if there are a VAE and a text encoder for them."""
     if config.components is None:
         return []
+    from evaluation.validation import validations
     from pretrain.samples import SampleHook
     from vae.autoencoder import VAE
 
     vae = VAE.from_folder(config.components, engine.device).eval()
     prompts = [dataset[i] for i in range(min(8, len(dataset)))]
     together = 8 if config.preset == "tiny" else 1
-    return [SampleHook(config.sample_every, run_folder, vae, prompts, together=together)]
+    samples = SampleHook(config.sample_every, run_folder, vae, prompts, together=together)
+    return [samples, *validations(config.validate_every, run_folder, engine, config.components, config.side_px)]
 
 
 def defaults(argv: list[str]) -> StageConfig:

@@ -52,7 +52,7 @@ def run_entry(rank: int, name: str, steps: int, save_every: int, lr: float = 1e-
     """`python posttrain/NAME.py` with these settings."""
     os.environ["RANK"] = str(rank)
     entry = importlib.import_module(f"posttrain.{name}")
-    config = replace(entry.Config(), **settings)
+    config = replace(entry.Config(), **{"validate_every": 0, **settings})
     config = replace(
         config,
         loop=replace(config.loop, steps=steps, save_every=save_every),

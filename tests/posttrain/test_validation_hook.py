@@ -1,0 +1,59 @@
+"""Validation while training: the same pictures and scores from one process, from two, and after a resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from small_run import SIZE_PX, run_entry
+from worlds import run_world
+
+
+def validate(rank: int, components: Path, init: Path, out: Path) -> np.ndarray:
+    """Pictures that the hook draws with the weights of `init`; their scores go to validation.jsonl."""
+    from small_run import CONFIG
+
+    from evaluation.validation import validations
+    from pretrain.engine.config import EngineConfig
+    from pretrain.engine.step import Engine
+    from pretrain.run_folder import RunFolder
+
+    engine = Engine(CONFIG, EngineConfig(), 1)
+    engine.load_run(init)
+    run = RunFolder(out, {}, engine.rank == 0)
+    run.open(0)
+    (hook,) = validations(1, run, engine, components, SIZE_PX)
+    hook.conditions, hook.steps = hook.conditions[:5], 3
+    hook(engine, 0)
+    pictures = np.stack(hook.draw(engine))
+    run.close()
+    engine.close()
+    return pictures
+
+
+def test_two_processes_share_the_pictures_of_one(components, init, tmp_path):
+    (alone,) = run_world(1, validate, components, init, tmp_path / "one")
+    both = run_world(2, validate, components, init, tmp_path / "two")
+    for pictures in both:  # five pictures: one of the two ranks draws a picture too many
+        assert np.abs(pictures.astype(int) - alone).max() <= 1
+    assert len(np.unique(alone.reshape(5, -1), axis=0)) == 5
+    rows = [json.loads((tmp_path / name / "validation.jsonl").read_text()) for name in ("one", "two")]
+    assert rows[0] == rows[1] and rows[0]["judge"] == 0
+
+
+def test_a_resumed_run_validates_no_step_twice(components, init, tmp_path):
+    def run(steps: int) -> list[int]:
+        settings = dict(init=init, components=components, out=tmp_path / "grpo", group=2, prompts_per_update=1)
+        run_world(1, entry, steps, settings, deadline_s=300)
+        return [json.loads(r)["step"] for r in (tmp_path / "grpo" / "validation.jsonl").read_text().splitlines()]
+
+    assert run(1) == [1]
+    with (tmp_path / "grpo" / "validation.jsonl").open("a") as file:
+        file.write('{"step": 9, "judge": 1.0}\n')  # of a run that died before it saved step 9
+    assert run(2) == [1, 2]
+
+
+def entry(rank: int, steps: int, settings: dict) -> None:
+    import evaluation.validation as validation
+
+    validation.PROMPTS = 3
+    run_entry(rank, "flow_grpo", steps, 1, validate_every=1, **settings)
