@@ -5,7 +5,6 @@ maximised, and put its hash into judge.py. An interrupted run goes on when the c
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +88,10 @@ def _resume(net, optimizer, file: Path) -> int:
 def _save(tensors: dict, file: Path) -> None:
     from safetensors.torch import save
 
-    temporary = file.with_name(f".tmp-{file.name}")
-    with open(temporary, "wb") as out:
+    from data_pipeline.atomic import atomic_file
+
+    with atomic_file(file) as out:
         out.write(save({k: v.contiguous() for k, v in tensors.items()}))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
 
 
 if __name__ == "__main__":
