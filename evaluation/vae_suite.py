@@ -87,7 +87,12 @@ def domain(sample: RawSample) -> str:
 
 
 def reconstruct(vae: "VAE", image: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3] -> its reconstruction, fp32 in [0, 1], of the same size; never tiled."""
+    """uint8 [h, w, 3] -> its reconstruction, fp32 in [0, 1], of the same size.
+
+    ValueError for a VAE that works in tiles: their seams would be scored.
+    """
+    if vae.tiles is not None:
+        raise ValueError("pictures are not scored in tiles, whose seams would count: set vae.tiles to None")
     device = next(vae.parameters()).device
     pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
     y = vae.decode_latent(vae.encode_latent(pixels), size=(1, *image.shape[:2]))

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.config import PRESETS, VAEConfig
-from vae.diffusers_folder import read_vae_folder, write_vae_folder
+from vae.diffusers_folder import load_weights, read_vae_folder, write_vae_folder
 from vae.initial import initialize
 from vae.layers import Attention, CausalConv3d, Downsample, Past, ResidualBlock, RMSNorm, Upsample
+from vae.tiling import Tiles
 
 if TYPE_CHECKING:
     from vae.crops import Crops
 
-__all__ = ["PRESETS", "VAE", "VAEConfig"]
+__all__ = ["PRESETS", "VAE", "Tiles", "VAEConfig"]
 
 
 class MidBlock(nn.Module):
@@ -109,7 +110,8 @@ class VAE(nn.Module):
     """Encoder, picture decoder and, after `split_decoders`, a video decoder of its own.
 
     Without one (a plain Wan 2.1 VAE), `decoder` serves pictures and clips. `state_dict()` has the names of the
-    diffusers class; the video decoder's come on top as `video_decoder.*` and `video_post_quant_conv.*`.
+    diffusers class; the video decoder's come on top as `video_decoder.*` and `video_post_quant_conv.*`. With `tiles`,
+    what is larger than a tile is encoded and decoded tile by tile.
     """
 
     def __init__(self, config: VAEConfig):
@@ -122,6 +124,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self.video_post_quant_conv: CausalConv3d | None = None
         self.video_decoder: Decoder | None = None
+        self.tiles: Tiles | None = None
 
     def normalise(self, z: Tensor) -> Tensor:
         """(z - mean) / std per channel, fp32, of raw latents [B, 16, F, h, w]."""
@@ -194,6 +197,8 @@ class VAE(nn.Module):
         back). T other than 4k + 1 raises ValueError, or with "pad" is filled up with the last frame.
         """
         self._check_pixels(pixels)
+        if self.tiles is not None and max(pixels.shape[-2:]) > self.tiles.side:
+            return self.tiles.apply(lambda tile: self.encode_latent(tile, other_lengths), pixels, 8, 1)
         over = (pixels.shape[2] - 1) % self.config.temporal
         if over and other_lengths == "refuse":
             raise ValueError(
@@ -220,7 +225,9 @@ class VAE(nn.Module):
         more through the video decoder, unless `decoder` says otherwise.
         """
         self._check_latent(latent)
-        if latent.shape[2] == 1:
+        if self.tiles is not None and max(latent.shape[-2:]) > self.tiles.side // 8:
+            pixels = self.tiles.apply(lambda tile: self.decode_latent(tile, decoder=decoder), latent, 1, 8)
+        elif latent.shape[2] == 1:
             pixels = self.reconstruct(self.denormalise(latent), decoder).float().clamp(-1.0, 1.0)
         else:
             pixels = torch.cat(list(self.decode_stream([latent], decoder)), dim=2)
@@ -328,16 +335,3 @@ class VAE(nn.Module):
 def as_picture(x: Tensor) -> Tensor:
     """[B, C, 1, H, W] -> [B, C, H, W], channels last in memory, which convolutions are fastest in."""
     return x[:, :, 0].contiguous(memory_format=torch.channels_last)
-
-
-def load_weights(vae: VAE, weights: dict[str, Tensor], where: Path) -> None:
-    """Load every weight of `vae`; ValueError naming the first one that is missing, unknown or of another shape."""
-    wanted = {name: tuple(weight.shape) for name, weight in vae.state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise ValueError(
-                f"{where}: {name} is {found.get(name, 'missing')} in the file and {wanted.get(name, 'unknown')} in its "
-                "config's architecture"
-            )
-    vae.load_state_dict(weights)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae.config import VAEConfig
 
@@ -65,3 +65,16 @@ def write_vae_folder(folder: Path, class_name: str, config: VAEConfig, weights: 
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_weights(vae: nn.Module, weights: dict[str, Tensor], where: Path) -> None:
+    """Load every weight of `vae`; ValueError naming the first one that is missing, unknown or of another shape."""
+    wanted = {name: tuple(weight.shape) for name, weight in vae.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"{where}: {name} is {found.get(name, 'missing')} in the file and {wanted.get(name, 'unknown')} in its "
+                "config's architecture"
+            )
+    vae.load_state_dict(weights)
