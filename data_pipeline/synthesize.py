@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         return
     recipe.load()
-    _require_same(config)
+    _require_same(config, recipe.fonts())
     passages = recipe.passages(config.count, config.min_occurrences) if config.min_occurrences else {}
     jobs = ((i, passages.get(i)) for indices in todo.values() for i in indices)
     samples = map_ordered(partial(make_job, recipe), jobs, config.workers)
@@ -78,22 +78,35 @@ def main(config: Config) -> None:
             write_raw(path, _count(islice(samples, len(indices)), bar))
 
 
-def _require_same(config: Config) -> None:
-    """Note in the folder what it is made of; UserError if it was begun with something else."""
+def _require_same(config: Config, fonts: dict[str, str]) -> None:
+    """Note in the folder what it is made of; UserError if it was begun with other settings or other fonts."""
     import json
 
     from data_pipeline.atomic import write_json
 
-    names = ("kinds", "count", "size", "seed", "corpus", "templates", "photos", "min_occurrences", "shard_size")
-    wanted = json.loads(json.dumps({n: getattr(config, n) for n in names}, default=str))
+    names = ("kinds", "count", "size", "seed", "corpus", "templates", "min_occurrences", "shard_size")
+    wanted = {n: str(v) if isinstance(v := getattr(config, n), Path) else v for n in names}
     path = config.out / "synthesis.json"
     config.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        write_json(path, wanted)
+        write_json(path, wanted | {"fonts": fonts})
     there = json.loads(path.read_text())
     if differing := [n for n in names if there.get(n) != wanted[n]]:
         what = ", ".join(f"--{n.replace('_', '-')} {there.get(n)}" for n in differing)
         raise UserError(f"{config.out} was begun with {what}; choose another --out or delete the folder")
+    if changes := _font_changes(there.get("fonts", fonts), fonts):
+        raise UserError(f"{config.out} was begun with other fonts ({changes}); install those, or choose another --out")
+
+
+def _font_changes(there: dict[str, str], here: dict[str, str]) -> str:
+    """In words, naming the first few: which fonts are gone, new or other files; '' if none."""
+    changes = {
+        "gone": sorted(there.keys() - here.keys()),
+        "new": sorted(here.keys() - there.keys()),
+        "another file": sorted(name for name in there.keys() & here.keys() if there[name] != here[name]),
+    }
+    named = {what: ", ".join(n[:3]) + (f" and {len(n) - 3} more" if len(n) > 3 else "") for what, n in changes.items()}
+    return "; ".join(f"{what}: {names}" for what, names in named.items() if names)
 
 
 def _count(samples: Iterable, bar) -> Iterator:

@@ -6,6 +6,7 @@ and Cyrillic; Chinese and the rest come from the system's fonts.
 """
 
 import functools
+import hashlib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -87,6 +88,15 @@ def choose_face(faces: tuple[Face, ...], text: str, rng: np.random.Generator) ->
         return None
     family = able[list(able)[rng.integers(len(able))]]
     return family[rng.integers(len(family))]
+
+
+def file_hashes(faces: tuple[Face, ...]) -> dict[str, str]:
+    """Name of each face -> hash of its file."""
+    files = {face.path: "" for face in faces}
+    for path in files:
+        with open(path, "rb") as file:
+            files[path] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    return {face.name: files[face.path] for face in faces}
 
 
 def _read_faces(path: Path) -> list[Face]:

@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline.sample import RawSample
 from data_pipeline.synthesis import edits, layouts, photos, pure, scenes, shapes_world
 from data_pipeline.synthesis.corpus import read_corpus
-from data_pipeline.synthesis.fonts import find_faces
+from data_pipeline.synthesis.fonts import file_hashes, find_faces
 from data_pipeline.synthesis.picture import Picture, draw_size, generator, to_sample
 from data_pipeline.synthesis.rare_characters import passages_showing_all, spread
 from data_pipeline.synthesis.templates import read_templates
@@ -70,6 +70,8 @@ KINDS: dict[str, Callable[[np.random.Generator, int, Sources, str | None], Pictu
     "edit": _edit,
 }
 """Each takes random numbers, the side in pixels, the sources and, for text, a passage that must be shown."""
+WITH_TEXT = {"text", "scene", "layout", "edit"}
+"""Kinds that need fonts."""
 JPEG_QUALITY = {"photo": 92, "scene": 92}
 """Kinds stored as JPEG; the others are PNG."""
 
@@ -94,7 +96,7 @@ class Recipe:
     def load(self) -> None:
         """Read what the kinds need, so that bad input is found at once and processes that fork share it."""
         kinds = {kind for kind, _ in self.weights}
-        if kinds & {"text", "scene", "layout", "edit"}:
+        if kinds & WITH_TEXT:
             _corpus(self.sources.corpus), _faces()
         if kinds & {"photo", "layout"}:
             _views(self.sources.photos)
@@ -102,6 +104,10 @@ class Recipe:
             _places(self.sources.photos)
         if "layout" in kinds:
             _templates(self.sources.templates)
+
+    def fonts(self) -> dict[str, str]:
+        """Name -> hash of the file of each font that the pictures may show."""
+        return file_hashes(_faces()) if WITH_TEXT & {kind for kind, _ in self.weights} else {}
 
     def passages(self, count: int, at_least: int) -> dict[int, str]:
         """Passages for text samples of the first `count` that make every drawable character appear `at_least` times.

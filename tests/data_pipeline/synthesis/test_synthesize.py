@@ -117,3 +117,23 @@ def test_a_folder_of_other_settings_is_refused(alone: Path, run_entry) -> None:
     assert result.returncode == 2 and "was begun with" in result.stderr and "--seed 0" in result.stderr
     assert digests(alone) == before
     assert json.loads((alone / "synthesis.json").read_text())["seed"] == 0
+
+
+def test_other_fonts_are_noticed(tmp_path: Path, run_entry) -> None:
+    flags = ("--out", tmp_path, "--kinds", "text", "--count", 4, "--size", 64, "--shard-size", 2, "--workers", 1)
+    assert run_entry(SCRIPT, *flags).returncode == 0
+    noted = json.loads((tmp_path / "synthesis.json").read_text())
+    files = {face.name: face.path.read_bytes() for face in find_faces()}
+    assert noted["fonts"] == {n: hashlib.blake2b(data, digest_size=8).hexdigest() for n, data in files.items()}
+    (tmp_path / "shard-000001.tar").unlink()
+    other = noted["fonts"] | {"Comic Sans Bold": "00", "DejaVu Sans Bold": "11"}
+    del other["DejaVu Serif Bold"]
+    (tmp_path / "synthesis.json").write_text(json.dumps(noted | {"fonts": other}))
+    refused = run_entry(SCRIPT, *flags)
+    said = "begun with other fonts (gone: Comic Sans Bold; new: DejaVu Serif Bold; another file: DejaVu Sans Bold)"
+    assert refused.returncode == 2 and said in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "shard-000001.tar").exists()
+    (tmp_path / "synthesis.json").write_text(json.dumps(noted))
+    assert run_entry(SCRIPT, *flags).returncode == 0
+    shapes = run_entry(SCRIPT, "--out", tmp_path / "shapes", "--kinds", "shapes", "--count", 1, "--workers", 1)
+    assert shapes.returncode == 0 and json.loads((tmp_path / "shapes" / "synthesis.json").read_text())["fonts"] == {}
