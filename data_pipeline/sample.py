@@ -30,7 +30,8 @@ class RawSample:
     meta: dict
     """caption (str, required) · source (shapes, text, photo, user ...) · width, height (pixels) · scores {filter:
     number} · geneval (GenEval metadata, for pictures whose content is known) · lines [{text, box [x0, y0, x1, y1]}] ·
-    edit {operation, of, before, after}."""
+    edit {operation, of, before, after} · from annotation: captions {raw, long, short}, caption_split (raw, recaptioned,
+    fused), domain, category, annotation {type, style, watermarks, abnormal_elements}."""
     references: list[bytes] = field(default_factory=list)
     """PNG files of the pictures that an edit began with; `caption` is then its instruction."""
     mask: bytes | None = None

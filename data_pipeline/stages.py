@@ -79,6 +79,7 @@ REPORT = (
         Rule("barcode", most=0),
         Rule("watermark", most=0, exempt=SYNTHETIC),
         Rule("frame", most=0.1, exempt=SYNTHETIC),
+        Rule("abnormal_elements", most=0),
         Rule("aesthetics", least=4.5, exempt=SYNTHETIC),
     )),
     Stage(6, "balance of domains", (

@@ -31,8 +31,13 @@ def token_length(view: View) -> float:
 
 def invalid_caption(view: View) -> float:
     """1 if the caption is a refusal, a file name, markup, a URL, mojibake, or repeats itself; else 0."""
-    text = view.caption.strip()
-    return float(bool(not text or _REFUSAL.search(text) or _REMAINS.search(text) or _repeats(text)))
+    return float(says_nothing(view.caption))
+
+
+def says_nothing(text: str) -> bool:
+    """Whether a caption is empty, a refusal, a file name, markup, a URL, mojibake, or repeats itself."""
+    text = text.strip()
+    return bool(not text or _REFUSAL.search(text) or _REMAINS.search(text) or _repeats(text))
 
 
 def _repeats(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Labels that a sample's record tells, from its source or from annotation."""
+"""What a sample's record tells, from its source or from annotation."""
 
 from data_pipeline.filters.view import View
 from data_pipeline.stages import SYNTHETIC
@@ -18,3 +18,9 @@ def domain(view: View) -> str:
 def category(view: View) -> str:
     """Path in a taxonomy, such as nature/animal/cat; unknown until the sample is annotated."""
     return view.sample.meta.get("category", "unknown")
+
+
+def abnormal_elements(view: View) -> float | None:
+    """How many watermarks and other abnormal elements annotation found; None for a sample that isn't annotated."""
+    found = view.sample.meta.get("annotation")
+    return None if found is None else float(len(found["watermarks"]) + len(found["abnormal_elements"]))

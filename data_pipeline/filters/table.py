@@ -12,7 +12,7 @@ FILTERS: dict[str, Callable[[View], float | None]] = {
         picture.clarity, picture.luma, picture.saturation, picture.entropy, picture.texture,
         caption.invalid_caption, caption.caption_words, caption.token_length,
         text.text_area, text.smallest_character, text.watermark,
-        marks.qr_code, marks.barcode, marks.frame,
+        marks.qr_code, marks.barcode, marks.frame, record.abnormal_elements,
         models.nsfw, models.clip, models.siglip, models.aesthetics,
     )
 }  # fmt: skip
