@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.atomic import atomic_file, remove_leftovers
 from data_pipeline.pictures import decode
 from data_pipeline.sample import EncodedSample, RawSample
-from data_pipeline.tar_index import read_member, scan, tar_index
+from data_pipeline.tar_index import Entry, read_member, scan, tar_index
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,6 +101,39 @@ def raw_picture(path: Path, key: str) -> "Image | None":
             return decode(read_member(file.fileno(), entry, ext))
         except ValueError:
             return None
+
+
+class RawPictures:
+    """All pictures of folders of raw shards, each to be had by its number; `problems` are what was passed over."""
+
+    def __init__(self, folders: Iterable[Path]):
+        self.problems: list[Problem] = []
+        self._found: list[tuple[Path, Entry, str]] = []
+        for shard in (s for folder in folders for s in list_shards(folder)):
+            index = tar_index(shard)
+            if index.problem:
+                self.problems.append(Problem(str(shard), "", index.problem))
+            for entry in index.entries:
+                ext = next((x for x in IMAGE_EXTENSIONS if x in entry.members), None)
+                if ext is None:
+                    self.problems.append(Problem(str(shard), entry.key, "no picture"))
+                else:
+                    self._found.append((shard, entry, ext))
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def key(self, number: int) -> str:
+        return self._found[number][1].key
+
+    def __getitem__(self, number: int) -> "Image":
+        """Decode one picture; ValueError names a broken one."""
+        shard, entry, ext = self._found[number]
+        with open(shard, "rb") as file:
+            try:
+                return decode(read_member(file.fileno(), entry, ext))
+            except ValueError as error:
+                raise ValueError(f"{shard}/{entry.key}: {error}; drop it with data_pipeline/curate.py") from None
 
 
 def encoded_sample(key: str, tensors: bytes | None, record: bytes | None) -> EncodedSample:

@@ -5,12 +5,13 @@
 
 `base` learns the encoder and a decoder on pictures and clips together (Wan 2.1). `image-decoder` freezes the encoder
 and fine-tunes a decoder for pictures on text-rich ones, without a GAN (Qwen-Image report, section 2.2); the decoder
-that it started from stays the video decoder. The reports give no batch sizes or learning rates; those here are ours.
+that it started from stays the video decoder. `video-decoder` freezes the encoder too and trains the decoder on with
+pictures and clips: what `image-decoder` is to be compared with. The reports give no batch sizes or learning rates;
+those here are ours.
 
 Run the same command again to go on. The defaults shown are those of the recipe and preset given.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
 class Config:
     """One training."""
 
-    recipe: Literal["base", "image-decoder"] = "base"
+    recipe: Literal["base", "image-decoder", "video-decoder"] = "base"
     preset: Literal["tiny", "qwen-image"] = "qwen-image"
     """Size of a VAE that starts at random. Default: qwen-image with a GPU, tiny without."""
     data: tuple[Path, ...] = ()
     """Folders of raw shards. Default: the demo's pictures, made if they are missing."""
     init: Path | None = None
-    """Start from this VAE: a components folder, a diffusers VAE folder, or another run's. image-decoder needs one."""
+    """Start from this VAE: a components folder, a diffusers VAE folder, or another run's. Only base can do without."""
     out: Path | None = None
     """Folder of the run, in which vae/ (and vae_video/) appear at the end. Default: runs/vae-RECIPE."""
     size: int = 256
@@ -53,7 +54,9 @@ class Config:
     frames: int = 17
     """Frames of a clip, 4k + 1."""
     clip_share: float = 0.25
-    """Share of clips among the samples; they are pictures set in motion."""
+    """Share of clips among the samples; they are pictures set in motion, unless there are --videos."""
+    videos: tuple[Path, ...] = ()
+    """Folders of videos (mp4, mkv, webm ...) to take the clips from."""
     batch_size: int = 64
     """Samples in a step, over all ranks."""
     max_frames: int = 32
@@ -83,11 +86,14 @@ RECIPES: dict[tuple[str, str], Config] = {
     ("image-decoder", "qwen-image"): Config(
         "image-decoder", clip_share=0.0, frames=1, engine=_engine(5e-5, 500, 0.999), loop=LoopConfig(50_000, 1000)
     ),
+    ("video-decoder", "qwen-image"): Config(
+        "video-decoder", engine=_engine(5e-5, 500, 0.999), loop=LoopConfig(50_000, 1000)
+    ),
 }
-for _name in ("base", "image-decoder"):
+for _name, _full in [(name, config) for (name, _), config in RECIPES.items()]:
     RECIPES[_name, "tiny"] = replace(
-        RECIPES[_name, "qwen-image"],
-        preset="tiny", size=64, crop=32, frames=min(5, RECIPES[_name, "qwen-image"].frames), batch_size=16,
+        _full,
+        preset="tiny", size=64, crop=32, frames=min(5, _full.frames), batch_size=16,
         perceptual_ratio=0.2, sample_every=200, statistics_samples=256,
         engine=_engine(3e-3, 20, 0.98), loop=LoopConfig(400, 200),
     )  # fmt: skip
@@ -98,7 +104,8 @@ def recipe(name: str, preset: str | None = None) -> Config:
     preset = preset or ("qwen-image" if has_gpu() else "tiny")
     if (name, preset) not in RECIPES:
         raise ValueError(
-            f"there is no recipe {name} of preset {preset}; there are base and image-decoder, tiny and qwen-image"
+            f"there is no recipe {name} of preset {preset}; there are base, image-decoder and video-decoder, tiny and "
+            "qwen-image"
         )
     return RECIPES[name, preset]
 
@@ -120,7 +127,7 @@ def main(config: Config) -> None:
     from vae.objective import Reconstruction
     from vae.perceptual import perceptual
 
-    dataset = Sources(config.data, config.frames, config.clip_share)
+    dataset = Sources(config.data, config.videos, config.frames, config.clip_share)
     start = starting_point(config)
     engine = Engine(start.config, config.engine, config.loop.steps, build=trainable(config.recipe))
     try:
@@ -129,7 +136,7 @@ def main(config: Config) -> None:
             for problem in dataset.problems:
                 print(f"passed over {problem}", file=sys.stderr)
             print(plan(config), flush=True)
-        engine.load_weights(start.state_dict().items())
+        engine.load_weights((n, w) for n, w in start.state_dict().items() if not n.startswith("video_"))
         batches = Loader(
             dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_frames
         )
@@ -162,17 +169,19 @@ def checked(config: Config) -> Config:
         raise UserError(f"--frames must be 4k + 1, not {config.frames}")
     if not 0 <= config.clip_share < 1:
         raise UserError(f"--clip-share lies in [0, 1), not {config.clip_share}")
-    for path in (*config.data, config.init):
+    for path in (*config.data, *config.videos, config.init):
         if path is not None and not path.exists():
             raise UserError(f"{path} does not exist")
-    if config.recipe == "image-decoder" and config.init is None:
-        raise UserError("--recipe image-decoder needs --init: the VAE whose encoder it keeps")
+    if config.recipe != "base" and config.init is None:
+        raise UserError(f"--recipe {config.recipe} needs --init: the VAE whose encoder it keeps")
     return config
 
 
 def plan(config: Config) -> str:
     """What is trained on what, in a line."""
-    what = "picture decoder" if config.recipe == "image-decoder" else "encoder and decoder"
+    what = {"base": "encoder and decoder", "image-decoder": "picture decoder", "video-decoder": "decoder"}[
+        config.recipe
+    ]
     origin = f"{config.preset}, at random" if config.init is None else str(config.init)
     return (
         f"{what} of a VAE ({origin}) on {config.crop} px crops of {', '.join(map(str, config.data)) or 'the demo'}, "
@@ -181,65 +190,62 @@ def plan(config: Config) -> str:
 
 
 class Sources:
-    """The pictures of raw shards, and the same ones again as clips; made for `data_pipeline.loader.Loader`."""
+    """The pictures of raw shards and, as clips, windows of videos or the same pictures set in motion.
 
-    def __init__(self, folders: tuple[Path, ...], frames: int, clip_share: float):
+    Made for `data_pipeline.loader.Loader`. If there are too few pictures or windows for `clip_share`, they are taken
+    several times, each time cropped differently.
+    """
+
+    def __init__(self, folders: tuple[Path, ...], videos: tuple[Path, ...], frames: int, clip_share: float):
         import numpy as np
 
-        from data_pipeline.shards import IMAGE_EXTENSIONS, list_shards
-        from data_pipeline.tar_index import tar_index
+        from data_pipeline.shards import RawPictures
+        from vae.videos import find_videos, open_video
 
-        self.problems: list[str] = []
-        self._pictures = []
-        for shard in (s for folder in folders for s in list_shards(folder)):
-            index = tar_index(shard)
-            if index.problem:
-                self.problems.append(f"{shard}: {index.problem}")
-            for entry in index.entries:
-                ext = next((x for x in IMAGE_EXTENSIONS if x in entry.members), None)
-                if ext is None:
-                    self.problems.append(f"{shard}/{entry.key}: no picture")
-                else:
-                    self._pictures.append((shard, entry, ext))
-        if not self._pictures:
+        self._files = RawPictures(folders)
+        if not self._files:
             raise UserError(f"no pictures in {', '.join(map(str, folders))}")
-        self._frames = frames
-        clips = round(len(self._pictures) * clip_share / (1 - clip_share)) if frames > 1 else 0
-        self.tokens = np.array([1] * len(self._pictures) + [frames] * clips)
-        """Frames of each sample."""
-
-    @property
-    def pictures(self) -> int:
+        self.problems = list(map(str, self._files.problems))
+        self._windows = []
+        for folder, path in ((f, p) for f in videos for p in find_videos(f)):
+            try:
+                video = open_video(path)
+                self._windows += [(video, f"{path.relative_to(folder)}/{s}", s) for s in video.windows(frames)]
+            except ValueError as error:
+                self.problems.append(str(error))
+        if videos and not self._windows:
+            raise UserError("; ".join(self.problems) or f"no videos in {', '.join(map(str, videos))}")
+        odds = clip_share / (1 - clip_share) if frames > 1 else 0.0
+        clips = round(len(self._files) * odds)
+        self.pictures = len(self._files)
         """The first so many samples are pictures, the others clips."""
-        return len(self._pictures)
+        if odds and clips < len(self._windows):
+            clips = len(self._windows)
+            self.pictures = max(self.pictures, round(clips / odds))
+        self.tokens = np.array([1] * self.pictures + [frames] * clips)
+        """Frames of each sample."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def key(self, index: int) -> str:
-        n = len(self._pictures)
-        key = self._pictures[index % n][1].key
-        return key if index < n else f"{key}/clip{index // n}"
-
     def __getitem__(self, index: int):
-        """Decode one picture; ValueError names a broken one."""
+        """Decode one picture or window; ValueError names a broken one."""
         import numpy as np
         import torch
 
-        from data_pipeline.pictures import decode
-        from data_pipeline.tar_index import read_member
         from vae.crops import Source
 
-        shard, entry, ext = self._pictures[index % len(self._pictures)]
-        descriptor = os.open(shard, os.O_RDONLY)
-        try:
-            pixels = np.asarray(decode(read_member(descriptor, entry, ext)))
-        except ValueError as error:
-            raise ValueError(f"{shard}/{entry.key}: {error}; drop it with data_pipeline/curate.py") from None
-        finally:
-            os.close(descriptor)
-        frames = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-        return Source(self.key(index), frames, int(self.tokens[index]))
+        length = int(self.tokens[index])
+        if (clip := index - self.pictures) >= 0 and self._windows:
+            turn, number = divmod(clip, len(self._windows))
+            video, key, start = self._windows[number]
+            pixels = video.read(start, length)
+        else:
+            turn, number = divmod(index if clip < 0 else clip, len(self._files))
+            key = self._files.key(number)
+            pixels = np.array(self._files[number])[None]
+        suffix = f"/clip{turn + 1}" if clip >= 0 else f"/{turn}" if turn else ""
+        return Source(key + suffix, torch.from_numpy(pixels).permute(0, 3, 1, 2), length)
 
 
 @dataclass
@@ -266,18 +272,21 @@ def starting_point(config: Config):
     from vae.autoencoder import VAE
 
     if config.init is not None:
-        return VAE.from_folder(config.init)
+        vae = VAE.from_folder(config.init)
+        if vae.video_decoder is not None and config.recipe != "image-decoder":
+            raise UserError(f"{config.init} has a picture decoder of its own; start from {config.init / 'vae_video'}")
+        return vae
     return VAE(PRESETS[config.preset]).initialize(config.loop.seed)
 
 
 def trainable(recipe_name: str):
-    """How the engine builds the module: the VAE with one decoder, its encoder frozen for image-decoder."""
+    """How the engine builds the module: the VAE with one decoder, its encoder frozen but for the recipe `base`."""
 
     def build(vae_config, ops):
         from vae.autoencoder import VAE
 
         vae = VAE(vae_config)
-        if recipe_name == "image-decoder":
+        if recipe_name != "base":
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
         return vae
@@ -296,6 +305,7 @@ def finish(config: Config, start, dataset: Sources) -> None:
     with torch.no_grad():
         if config.recipe == "image-decoder":
             start.split_decoders()
+        if config.recipe != "base":
             trained = {n: w for n, w in trained.items() if n.startswith(("decoder.", "post_quant_conv."))}
         start.load_state_dict({**start.state_dict(), **trained})
     if config.init is None:
