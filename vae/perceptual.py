@@ -15,11 +15,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def perceptual(name: str) -> nn.Module:
-    """The distance called `gradient-pyramid`, `lpips:FILE` or `convnext:FOLDER`; ValueError for another."""
+    """The distance called `gradient-pyramid`, `lpips:FILE` or `convnext:FOLDER`.
+
+    Raises ValueError for another name, and for weights that are missing, damaged or of another network.
+    """
     kind, _, path = name.partition(":")
     if kind == "gradient-pyramid" and not path:
         return GradientPyramid()
     if kind in ("lpips", "convnext") and path:
+        if not Path(path).exists():
+            raise ValueError(f"{path} does not exist; {kind} takes its weights from there, and downloads none")
         return {"lpips": LPIPS, "convnext": ConvNeXt}[kind](Path(path)).eval().requires_grad_(False)
     raise ValueError(f"no perceptual distance {name!r}; there are gradient-pyramid, lpips:FILE and convnext:FOLDER")
 
@@ -62,9 +67,13 @@ class LPIPS(nn.Module):
 
     def __init__(self, file: Path):
         super().__init__()
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        weights = load_file(file)
+        try:
+            weights = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} is no safetensors file, or damaged: {error}") from None
         names = [f"features.{i}.{p}" for stage in self.CONVOLUTIONS for i in stage for p in ("weight", "bias")]
         names += [f"lin{i}.model.1.weight" for i in range(len(self.CONVOLUTIONS))]
         if missing := [n for n in names if n not in weights]:
@@ -89,13 +98,22 @@ class LPIPS(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Distance of the four stages' features of a ConvNeXt in transformers' format (a local folder)."""
+    """Distance of the four stages' features of a ConvNeXt in transformers' format (a local folder).
+
+    Raises ValueError if the folder holds something else, or not all weights.
+    """
 
     def __init__(self, folder: Path):
         super().__init__()
+        from safetensors import SafetensorError
         from transformers import ConvNextModel
 
-        self.net = ConvNextModel.from_pretrained(folder, local_files_only=True)
+        try:
+            self.net, found = ConvNextModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no ConvNeXt that transformers can read: {error}") from None
+        if found["missing_keys"]:
+            raise ValueError(f"{folder} lacks weights of a ConvNeXt, the first is {min(found['missing_keys'])}")
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
