@@ -9,6 +9,7 @@ import numpy as np
 import planted
 import pytest
 
+from data_pipeline.pictures import decode
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import list_shards, read_raw, shard_name, write_raw
 
@@ -158,3 +159,21 @@ def test_bad_requests_end_in_one_line(raw_folder: Path, tmp_path: Path, curate):
     for arguments, message in cases:
         done = curate(*arguments)
         assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_no_picture_is_decoded_twice(raw_folder: Path, tmp_path: Path, small_sides, monkeypatch: pytest.MonkeyPatch):
+    from data_pipeline.curation import Curation
+    from data_pipeline.filters import view
+    from data_pipeline.filters.tools import Tools
+    from data_pipeline.shard_stage import shards_as_inputs
+    from data_pipeline.stages import RECIPES
+
+    decoded = []
+    monkeypatch.setattr(view, "decode", lambda data: decoded.append(data) or decode(data))
+    inputs = shards_as_inputs(raw_folder, tmp_path / "out")
+    curation = Curation(raw_folder, tmp_path / "out", RECIPES["report"][:3], inputs, Tools())
+    curation.score(1, lambda: None)
+    curation.write(curation.decide(), lambda: None)
+    images = [s.image for shard in list_shards(raw_folder) for s in read_raw(shard)]
+    broken = [s.image for shard in list_shards(raw_folder) for s in read_raw(shard) if s.key.startswith("broken")]
+    assert sorted(decoded) == sorted(images) and len(broken) == 1
