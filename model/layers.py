@@ -42,7 +42,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
 
     x [L, D]; shift, scale [R, D]. Over a run of tokens with one row, this is LayerNorm with that row as its weights.
     """
-    if rows.runs is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or rows.runs is None:
         return torch.addcmul(rows.one_hot @ shift, F.layer_norm(x, x.shape[-1:], eps=EPS), rows.one_hot @ scale + 1)
     weight, bias = (1 + scale).unbind(), shift.unbind()
     return _by_run(lambda row, x: F.layer_norm(x, x.shape[-1:], weight[row], bias[row], EPS), rows.runs, x)
@@ -50,7 +50,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor, rows: Rows) -> Tensor:
     """x + gate * y with each token's row of gate [R, D]."""
-    if rows.runs is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or rows.runs is None:
         return torch.addcmul(x, rows.one_hot @ gate, y)
     gates = gate.unbind()
     return _by_run(lambda row, x, y: torch.addcmul(x, gates[row], y), rows.runs, x, y)

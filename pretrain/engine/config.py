@@ -64,5 +64,10 @@ class EngineConfig:
     """auto: Transformer Engine if installed, else torch's flash kernel, on CUDA; SDPA elsewhere."""
     compile: bool = False
     """torch.compile every block."""
-    recompute: Literal["none", "block"] = "none"
-    """Recompute each block's activations in the backward pass instead of keeping them."""
+    recompute: Literal["none", "selective", "block"] = "none"
+    """Recompute each block's activations in the backward pass instead of keeping them: selective keeps the results of
+    matrix products and attention, and recomputes norms, modulation, rotation and GELU; block recomputes all."""
+
+    def __post_init__(self):
+        if self.compile and self.recompute == "selective":
+            raise ValueError("compiled blocks recompute what is cheap anyway: use recompute none or block with compile")

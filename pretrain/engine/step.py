@@ -8,7 +8,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from model.mmdit import MMDiT
 from model.ops import Ops, local_shard
 from pretrain.ema import EMA
 from pretrain.engine import adam, checkpoint, device, saving
+from pretrain.engine.blocks import prepare_blocks
 from pretrain.engine.config import EngineConfig
 from pretrain.engine.ops import MegatronOps
 from pretrain.engine.shards import Shards
@@ -64,7 +63,7 @@ class Engine:
         self.align = self.ops.align
         with device.megatron_region():
             self.model = build(model_config, self.ops).to(self.device, self.dtype)
-            self._prepare_blocks()
+            prepare_blocks(self.model, config.compile, config.recompute)
             self._ddp, self.optimizer = self._wrap()
         self.shards = Shards(self._ddp, self.optimizer)
         self.ema = EMA(self.shards.masters(), config.ema_decay)
@@ -218,13 +217,6 @@ class Engine:
     def close(self) -> None:
         """Take down the process groups."""
         device.stop()
-
-    def _prepare_blocks(self) -> None:
-        for block in getattr(self.model, "blocks", ()):
-            if self.config.compile:
-                block.compile()
-            if self.config.recompute == "block":
-                block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     def _wrap(self) -> tuple[DistributedDataParallel, DistributedOptimizer]:
         adam.install()

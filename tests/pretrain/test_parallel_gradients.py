@@ -143,9 +143,10 @@ def test_every_gradient_of_adapters_over_two_ranks():
         assert problems == {name: {} for name in LAYOUTS_OF_2}
 
 
-def test_every_gradient_with_recomputation():
-    layouts = {"tp2 sp": (2, 1, True)}
-    assert run_world(2, compare_gradients, layouts, {"recompute": "block"}) == [{"tp2 sp": {}}] * 2
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+def test_every_gradient_with_recomputation(recompute: str):
+    layouts = {"tp2 sp": (2, 1, True), "cp2": (1, 2, False)}
+    assert run_world(2, compare_gradients, layouts, {"recompute": recompute}) == [{name: {} for name in layouts}] * 2
 
 
 def test_steps_over_two_ranks():
