@@ -63,8 +63,9 @@ def test_encode_and_decode_equal_diffusers(preset, kind, frames):
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9])
-def test_every_gradient_equals_diffusers(frames):
-    vae = random_vae("tiny").double()
+@pytest.mark.parametrize("preset", ["tiny", pytest.param("qwen-image", marks=pytest.mark.slow)])
+def test_every_gradient_equals_diffusers(preset, frames):
+    vae = random_vae(preset).double()
     theirs = twin(vae).double()
     x = pixels(frames, 16, 16).double()
     inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
