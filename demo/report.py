@@ -5,6 +5,7 @@ It shows what is there, so it can be made at any moment of a line. Prompts and s
 
 import io
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,6 @@ class Config:
     """Training captions drawn from every stage."""
     held_out: int = 5
     """Validation prompts of the shapes world drawn beside them, if the data are ours."""
-    size: int = 96
-    """Side of the drawn pictures in pixels."""
 
 
 def raw_samples(line: Path) -> list:
@@ -40,9 +39,8 @@ def raw_samples(line: Path) -> list:
 
 
 def spread(samples: list, count: int) -> list:
-    """`count` of them, evenly spaced."""
-    count = min(count, len(samples))
-    return [samples[i * len(samples) // count] for i in range(count)]
+    """`count` of them at random, the same ones each time."""
+    return random.Random(0).sample(samples, min(count, len(samples)))
 
 
 def reconstructions(line: Path, samples: list, count: int = 8, side: int = 144):
@@ -111,17 +109,19 @@ def drawings(config: Config, samples: list):
 
     from evaluation.prompts import shapes_prompts
     from evaluation.source import load
+    from posttrain.start import picture_side
     from pretrain.engine.checkpoint import read_weights
 
     prompts = [s.meta["caption"] for s in spread(samples, config.captions)]
     if (config.line / "data" / "raw" / "synthesis.json").exists():
         prompts += [p.text for p in shapes_prompts("validation")[: config.held_out]]
-    sizes, seeds = [(config.size, config.size)] * len(prompts), list(range(len(prompts)))
+    seeds = list(range(len(prompts)))
     painter = load(runs[models[0]])
     rows = []
     for name in models:
         painter.velocity.load_state_dict(read_weights(runs[name])[1])
-        images = painter.generate(prompts, sizes, seeds, config.steps, config.cfg_scale)
+        side = picture_side(None, runs[name])
+        images = painter.generate(prompts, [(side, side)] * len(prompts), seeds, config.steps, config.cfg_scale)
         rows.append([Image.fromarray(image) for image in images])
     return rows, models, prompts
 

@@ -65,12 +65,13 @@ def whole_weights(source: Path | str, ema: bool = True) -> tuple[MMDiTConfig, di
 
 def run_components(run: Path) -> Path:
     """The components folder that a run was trained with."""
-    components = read_toml(run / "config.toml").get("components")
-    if components is None or not Path(components).is_dir():
-        raise UserError(
-            f"{run}/config.toml names the components folder {components}, which is not there; give --components"
-        )
-    return Path(components)
+    from pretrain.run_folder import named_by
+
+    named = read_toml(run / "config.toml").get("components")
+    components = None if named is None else named_by(run, named)
+    if components is None or not components.is_dir():
+        raise UserError(f"{run}/config.toml names the components folder {named}, which is not there; give --components")
+    return components
 
 
 def _empty_model(config: MMDiTConfig, device: torch.device | str, dtype: torch.dtype) -> MMDiT:

@@ -15,6 +15,7 @@ from pretrain.demo_data import COMPONENTS, MODEL, demo_model
 from pretrain.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from pretrain.loop import LoopConfig
 from pretrain.recipes import TOY_SIDE_PX, has_gpu
+from pretrain.run_folder import named_by
 from pretrain.starting_point import fill_weights, is_run, read_model_config
 
 if TYPE_CHECKING:
@@ -158,8 +159,15 @@ def picture_side(size_px: int | None, source: Path) -> int:
 def trained_with(source: Path) -> dict[str, Any]:
     """The settings (config.toml) of the run that `source` is, or is a checkpoint of; empty if it is neither."""
     folders = (source, *source.absolute().parents[:2])
-    found = next((p / "config.toml" for p in folders if (p / "config.toml").is_file()), None)
-    return {} if found is None else read_toml(found)
+    run = next((p for p in folders if (p / "config.toml").is_file()), None)
+    if run is None:
+        return {}
+    settings = read_toml(run / "config.toml")
+    if "components" in settings:
+        settings["components"] = named_by(run, settings["components"])
+    if "data" in settings:
+        settings["data"] = [named_by(run, folder) for folder in settings["data"]]
+    return settings
 
 
 def _noted(config: RunConfig) -> Path | None:
