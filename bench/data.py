@@ -91,20 +91,12 @@ def make_pictures(config: Config, folder: Path) -> Path:
 
 def in_processes(function: Callable[[list[Path]], None], data: Path, workers: int) -> None:
     """`function` of an equal part of the shards in each of `workers` processes."""
-    from concurrent.futures import ProcessPoolExecutor
-
+    from data_pipeline.parallel import map_ordered
     from data_pipeline.shards import list_shards
 
     shards = list_shards(data)
-    with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
-        for _ in pool.map(function, [shards[i::workers] for i in range(workers)]):
-            pass
-
-
-def _one_thread() -> None:
-    import cv2
-
-    cv2.setNumThreads(1)
+    for _ in map_ordered(function, [shards[i::workers] for i in range(workers)], workers, chunk=1):
+        pass
 
 
 def decode_all(shards: list[Path]) -> None:

@@ -4,6 +4,7 @@ Kinsoku (JIS X 4051, and GB/T 15834 for Chinese): closing marks don't begin a li
 doubled dash or ellipsis isn't parted.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -14,6 +15,9 @@ NOT_AT_END = frozenset("([{$£¥#@‘“〈《「『【〔〖〝（［｛＄￥"
 DOUBLED = frozenset("—…")
 _IDEOGRAPHIC = re.compile("[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 _CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_RUN_AT_END, _RUN_AT_START = re.compile(f"{_CHINESE.pattern}*$"), re.compile(f"{_CHINESE.pattern}*")
+SHORT = 16
+"""Characters of a passage whose phrases are kept whole where there is room."""
 
 
 def is_ideographic(char: str) -> bool:
@@ -68,3 +72,14 @@ def break_lines(text: str, width: float, measure: Callable[[str], float]) -> lis
             line = unit
         lines.append(line.rstrip())
     return lines
+
+
+def breaks_well(lines: list[str]) -> bool:
+    """Whether lines of Chinese read well: the last one isn't a single character, and in a `SHORT` passage no phrase of
+    up to four characters is parted, and no single character is parted from its phrase."""
+    parted = [(len(_RUN_AT_END.search(a)[0]), len(_RUN_AT_START.match(b)[0])) for a, b in itertools.pairwise(lines)]
+    if parted and parted[-1][1] == 1 and len(lines[-1]) <= 2:
+        return False
+    if sum(map(len, lines)) > SHORT:
+        return True
+    return all(not a or not b or (a + b > 4 and min(a, b) > 1) for a, b in parted)

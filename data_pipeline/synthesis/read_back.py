@@ -16,8 +16,9 @@ from PIL import Image, ImageOps
 from data_pipeline.synthesis.line_breaking import has_chinese
 from data_pipeline.synthesis.typesetting import Line
 
-LINE_HEIGHTS = (18, 24, 32)
-"""Pixels that a line is scaled to. Tesseract reads best near these; the reading it is surest of counts."""
+LINE_HEIGHTS = {"chinese": (14, 16, 18, 20), "english": (18, 24, 32), "mixed": (18, 24, 32)}
+"""Pixels that a line is scaled to; the reading that Tesseract is surest of counts. Its Chinese model (Debian's) leaves
+short words out when they are larger. Chosen on pages of another seed than those that bench/synthesis.py reads."""
 COLUMNS, BLOCK, CHARACTER = "5", "6", "10"
 """Tesseract's page segmentation modes."""
 _SAME = str.maketrans("‘’“”—–", "''\"\"--")
@@ -61,7 +62,8 @@ def read(image: np.ndarray, lines: tuple[Line, ...], language: str, vertical: bo
         gray = ImageOps.invert(gray)
     alone = len(lines) == 1 and len(lines[0].text) == 1
     layout = CHARACTER if alone else COLUMNS if vertical else BLOCK
-    readings = [_read_at(gray, goal / height, model_for(language, vertical), layout) for goal in LINE_HEIGHTS]
+    model = model_for(language, vertical)
+    readings = [_read_at(gray, goal / height, model, layout) for goal in LINE_HEIGHTS[language]]
     return normalize(max(readings)[1], language)
 
 

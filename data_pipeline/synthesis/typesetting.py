@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 from data_pipeline.synthesis.fonts import Face
-from data_pipeline.synthesis.line_breaking import break_lines, is_ideographic, split_units
+from data_pipeline.synthesis.line_breaking import break_lines, breaks_well, is_ideographic, split_units
 
 Align = Literal["left", "center", "right", "justify"]
 Box = tuple[int, int, int, int]
@@ -85,14 +85,23 @@ def set_passage(text: str, style: Style, width: int, height: int) -> Block | Non
 
 
 def fit_passage(text: str, style: Style, width: int, height: int, least_px: int) -> Block | None:
-    """`set_passage` at the largest size from `style.px` down to `least_px` that fits; None if none does."""
-    px = style.px
-    while px >= least_px:
-        block = set_passage(text, replace(style, px=px), width, height)
-        if block is not None:
-            return block
+    """`set_passage` at the largest size from `style.px` down to `least_px` that fits; None if none does.
+
+    Where that breaks Chinese lines badly, shorter lines and sizes of at least .6 of it are tried for better ones.
+    """
+    px, largest, smallest = style.px, None, least_px
+    while px >= smallest:
+        for share in (1.0, 0.85, 0.7):
+            room = (width, round(share * height)) if style.vertical else (round(share * width), height)
+            block = set_passage(text, replace(style, px=px), *room)
+            if block is None:
+                break
+            if breaks_well([line.text for line in block.lines]):
+                return block
+            if largest is None:
+                largest, smallest = block, max(least_px, math.ceil(0.6 * px))
         px = min(px - 1, int(px * 0.92))
-    return None
+    return largest
 
 
 def _trim(block: Block) -> Block:
@@ -148,7 +157,7 @@ def _draw_line(line: str, style: Style, along: int, is_last: bool) -> Image.Imag
     x = {"center": slack / 2, "right": slack}.get(style.align, 0.0)
     if style.align == "justify" and not is_last and not _needs_shaping(line):
         units = split_units(line)
-        if len(units) > 1 and slack < 0.35 * along:
+        if len(units) > 1 and slack < 0.35 * along and slack < 0.6 * px * (len(units) - 1):
             spread = (along - 2 - sum(_advance(style, u) for u in units)) / (len(units) - 1)
             for unit in units:
                 draw.text((round(px + x), 2 * px), unit.rstrip(), 255, font, anchor="ls")

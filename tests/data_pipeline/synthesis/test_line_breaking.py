@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from data_pipeline.synthesis.corpus import EMBEDDED
-from data_pipeline.synthesis.line_breaking import NOT_AT_END, NOT_AT_START, break_lines, split_units
+from data_pipeline.synthesis.line_breaking import NOT_AT_END, NOT_AT_START, break_lines, breaks_well, split_units
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,24 @@ def test_lines_fill_the_width_and_lose_nothing() -> None:
 def test_newlines_end_lines_and_wide_pieces_are_refused() -> None:
     assert break_lines("one\ntwo", 10, len) == ["one", "two"]
     assert break_lines("incomprehensible", 5, len) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "well"),
+    [
+        (["净含", "量"], False),
+        (["CD", "机"], False),
+        (["EXIT 安", "全出口"], False),
+        (["EXIT", "安全出口"], True),
+        (["一本书常常要补", "上一年"], True),
+        (["俶载南亩，我", "艺黍稷。"], False),
+        (["俶载南亩，", "我艺黍稷。"], True),
+        (["各位住户：因检修水管，本周二上午九点至十二点半停", "水。"], False),
+        (["各位住户：因检修水管，本", "周二上午九点至十二点半停水。"], True),
+        (["Merry", "Christmas"], True),
+        (["一行"], True),
+        ([], True),
+    ],
+)
+def test_lines_that_read_well(lines: list[str], well: bool) -> None:
+    assert breaks_well(lines) == well
