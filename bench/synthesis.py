@@ -3,6 +3,8 @@
 rate       samples made and encoded per second, by all workers together, after they have started
 read back  mean normalised edit distance between a page's text and what Tesseract reads, with a bootstrap interval
 glyphs     characters of pages that are glyph 0 of their font, by FreeType
+
+By default a glance of about two minutes; docs/data.md has --read-samples 300 --glyph-samples 10000.
 """
 
 import json
@@ -19,15 +21,19 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
 
+READ_SEED = 2
+"""Not that of the pages on which reading was tuned (0 and 1)."""
+
+
 @dataclass(frozen=True)
 class Config:
     size: int = 256
     workers: int = os.cpu_count() or 1
-    rate_samples: int = 400
+    rate_samples: int = 100
     """Samples of each kind that are timed."""
-    read_samples: int = 200
+    read_samples: int = 8
     """Pages that are read back in each language (vertical ones apart)."""
-    glyph_samples: int = 10_000
+    glyph_samples: int = 1000
     """Pages whose glyphs are looked up."""
     out: Path | None = None
     """Also write the rows as JSON."""
@@ -92,7 +98,7 @@ def read_back(config: Config):
     corpus, faces, index = read_corpus(), find_faces(), 0
     by_name = {face.name: face for face in faces}
     while any(len(pages) < config.read_samples for pages in wanted.values()):
-        page = make(generator(0, index, "read back"), config.size, corpus, faces)
+        page = make(generator(READ_SEED, index, "read back"), config.size, corpus, faces)
         pages = wanted.get((page.record["language"], page.record["vertical"]))
         if pages is not None and len(pages) < config.read_samples:
             pages.append(page)

@@ -4,11 +4,12 @@ Needs the program with its models eng, chi_sim and, for vertical text, chi_sim_v
 tesseract-ocr-chi-sim, tesseract-ocr-chi-sim-vert).
 """
 
-import io
 import os
 import shutil
 import subprocess
+import tempfile
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,9 +17,9 @@ from PIL import Image, ImageOps
 from data_pipeline.synthesis.line_breaking import has_chinese
 from data_pipeline.synthesis.typesetting import Line
 
-LINE_HEIGHTS = {"chinese": (14, 16, 18, 20), "english": (18, 24, 32), "mixed": (18, 24, 32)}
-"""Pixels that a line is scaled to; the reading that Tesseract is surest of counts. Its Chinese model (Debian's) leaves
-short words out when they are larger. Chosen on pages of another seed than those that bench/synthesis.py reads."""
+LINE_HEIGHTS = (12, 14, 16, 18, 20, 24, 28, 32)
+"""Pixels that a line is scaled to. Tesseract misreads or leaves out other words at each size; the reading it is surest
+of counts. Chosen on pages of other seeds than bench/synthesis.py reads."""
 COLUMNS, BLOCK, CHARACTER = "5", "6", "10"
 """Tesseract's page segmentation modes."""
 _SAME = str.maketrans("‘’“”—–", "''\"\"--")
@@ -62,20 +63,30 @@ def read(image: np.ndarray, lines: tuple[Line, ...], language: str, vertical: bo
         gray = ImageOps.invert(gray)
     alone = len(lines) == 1 and len(lines[0].text) == 1
     layout = CHARACTER if alone else COLUMNS if vertical else BLOCK
-    model = model_for(language, vertical)
-    readings = [_read_at(gray, goal / height, model, layout) for goal in LINE_HEIGHTS[language]]
+    readings = _read_at(gray, [goal / height for goal in LINE_HEIGHTS], model_for(language, vertical), layout)
     return normalize(max(readings)[1], language)
 
 
-def _read_at(gray: Image.Image, scale: float, model: str, layout: str) -> tuple[float, str]:
-    """(confidence, text) at a scale: characters weighted by the confidence in their word above one half."""
-    size = (max(1, round(gray.width * scale)), max(1, round(gray.height * scale)))
-    page = ImageOps.expand(gray.resize(size, Image.Resampling.LANCZOS), 20, fill=int(np.median(np.asarray(gray))))
-    buffer = io.BytesIO()
-    page.save(buffer, "PNG")
-    command = ["tesseract", "-", "-", "-l", model, "--psm", layout, "tsv"]
-    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
-    table = subprocess.run(command, input=buffer.getvalue(), capture_output=True, check=True, env=environment).stdout
-    rows = [row.split("\t") for row in table.decode().splitlines()[1:]]
-    words = [(row[11].strip(), float(row[10])) for row in rows if len(row) > 11 and row[11].strip()]
-    return sum(len(word) * (sure - 50) for word, sure in words), " ".join(word for word, _ in words)
+def _read_at(gray: Image.Image, scales: list[float], model: str, layout: str) -> list[tuple[float, str]]:
+    """(mean confidence over characters, text) at each scale, by one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for i, scale in enumerate(scales):
+            size = (max(1, round(gray.width * scale)), max(1, round(gray.height * scale)))
+            ground = int(np.median(np.asarray(gray)))
+            page = ImageOps.expand(gray.resize(size, Image.Resampling.LANCZOS), 20, fill=ground)
+            files.append(Path(folder) / f"{i}.png")
+            page.save(files[-1])
+        listed = Path(folder) / "pages.txt"
+        listed.write_text("".join(f"{file}\n" for file in files))
+        command = ["tesseract", listed, "-", "-l", model, "--psm", layout, "tsv"]
+        environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+        table = subprocess.run(command, capture_output=True, check=True, env=environment).stdout
+    words: list[list[tuple[str, float]]] = [[] for _ in scales]
+    for row in (line.split("\t") for line in table.decode().splitlines()):
+        if len(row) > 11 and row[1].isdigit() and row[11].strip():
+            words[int(row[1]) - 1].append((row[11].strip(), float(row[10])))
+    return [
+        (sum(len(w) * sure for w, sure in page) / max(1, sum(len(w) for w, _ in page)), " ".join(w for w, _ in page))
+        for page in words
+    ]
