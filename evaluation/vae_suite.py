@@ -126,11 +126,11 @@ def comparison(shown: list[tuple[Row, np.ndarray, np.ndarray]]) -> str:
     return "\n".join(parts)
 
 
-def worst_window(x: np.ndarray, y: np.ndarray) -> tuple[int, int]:
-    """Top and left of the window whose squared error is largest."""
+def worst_window(x: np.ndarray, y: np.ndarray, side: int = WINDOW) -> tuple[int, int]:
+    """Top and left of the window of `side` pixels whose squared error is largest."""
     error = ((x.astype(np.float64) - y) ** 2).sum(-1)
-    spots = [(t, s) for t in range(0, max(1, len(x) - WINDOW), 8) for s in range(0, max(1, x.shape[1] - WINDOW), 8)]
-    return max(spots, key=lambda p: error[p[0] : p[0] + WINDOW, p[1] : p[1] + WINDOW].sum())
+    spots = [(t, s) for t in range(0, max(1, len(x) - side), 8) for s in range(0, max(1, x.shape[1] - side), 8)]
+    return max(spots, key=lambda p: error[p[0] : p[0] + side, p[1] : p[1] + side].sum())
 
 
 def png(image: np.ndarray) -> str:

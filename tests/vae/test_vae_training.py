@@ -85,12 +85,25 @@ def test_a_killed_run_goes_on_bit_for_bit(base, data, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == (base / "metrics.jsonl").read_text()
 
 
-def test_image_decoder_leaves_encoder_and_video_decoder_bit_for_bit(base, data, tmp_path):
-    train(tmp_path, "--recipe", "image-decoder", "--init", base, "--data", data, "--steps", 3)
-    before, after = VAE.from_folder(base), VAE.from_folder(tmp_path)
+@pytest.fixture(scope="module")
+def image_decoder(tmp_path_factory, base, data) -> Path:
+    out = tmp_path_factory.mktemp("image-decoder")
+    train(out, "--recipe", "image-decoder", "--init", base, "--data", data, "--steps", 3)
+    return out
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory, base, data) -> Path:
+    out = tmp_path_factory.mktemp("control")
+    train(out, "--recipe", "video-decoder", "--init", base, "--data", data, "--steps", 3)
+    return out
+
+
+def test_image_decoder_leaves_encoder_and_video_decoder_bit_for_bit(base, image_decoder):
+    before, after = VAE.from_folder(base), VAE.from_folder(image_decoder)
     assert after.config == before.config and after.fingerprint() == before.fingerprint()
-    image = AutoencoderKLQwenImage.from_pretrained(tmp_path / "vae").state_dict()
-    video = AutoencoderKLWan.from_pretrained(tmp_path / "vae_video").state_dict()
+    image = AutoencoderKLQwenImage.from_pretrained(image_decoder / "vae").state_dict()
+    video = AutoencoderKLWan.from_pretrained(image_decoder / "vae_video").state_dict()
     changed = set()
     for name, weight in before.state_dict().items():
         assert torch.equal(video[name], weight), name
@@ -99,10 +112,50 @@ def test_image_decoder_leaves_encoder_and_video_decoder_bit_for_bit(base, data, 
     assert changed == {"decoder", "post_quant_conv"}
 
 
+def test_video_decoder_trains_the_one_decoder_on(base, control, image_decoder, data, tmp_path):
+    before, after = VAE.from_folder(base), VAE.from_folder(control)
+    assert after.video_decoder is None and after.config == before.config
+    theirs = after.state_dict()
+    changed = {n for n, w in before.state_dict().items() if not torch.equal(w, theirs[n])}
+    assert {n.split(".")[0] for n in changed} == {"decoder", "post_quant_conv"}
+    assert any("time_conv" in n for n in changed)  # clips took part
+    argv = command(tmp_path, "--recipe", "video-decoder", "--init", image_decoder, "--data", data)
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and f"start from {image_decoder}/vae_video" in done.stderr
+
+
+def compare(*flags: object) -> subprocess.CompletedProcess:
+    argv = [sys.executable, str(ROOT / "vae/compare_decoders.py"), "--read", "0", *map(str, flags)]
+    return subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_decoders_are_compared_in_pairs_on_the_same_latents(base, control, image_decoder, data, tmp_path):
+    kinds = [{"source": "photo", "photo": p} for p in ("a", "a", "b", "b")] + [{"source": "text"}] * 3
+    samples = [RawSample(f"s{i}", png(i), "png", {"caption": "", **meta}) for i, meta in enumerate(kinds)]
+    (tmp_path / "raw").mkdir()
+    write_raw(tmp_path / "raw" / shard_name(0), samples)
+    two = ("--control", control, "--candidate", image_decoder)
+    done = compare(*two, "--base", base, "--raw", tmp_path / "raw", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "bit for bit: True" in done.stdout
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    before, after, change = found["domains"]["photo"]["psnr"]
+    assert (change["n"], change["prompts"]) == (4, 2) and found["domains"]["text"]["psnr"][2]["prompts"] == 3
+    assert change["value"] == pytest.approx(after["value"] - before["value"])
+    assert Image.open(tmp_path / "out" / "comparison.png").width == 3 * 98 * 3
+
+    same = compare("--control", base, "--candidate", base, "--base", base, "--raw", tmp_path / "raw", "--out", tmp_path)
+    assert "bit for bit: False" in same.stdout and "+0.000 [+0.000, +0.000]" in same.stdout
+    VAE(PRESETS["tiny"]).initialize(5).save(tmp_path / "stranger")
+    done = compare("--control", tmp_path / "stranger", "--candidate", base, "--raw", tmp_path / "raw")
+    assert done.returncode == 2 and "different encoders" in done.stderr
+
+
 @pytest.mark.parametrize(
     "flags,message",
     [
         (["--recipe", "image-decoder"], "needs --init"),
+        (["--recipe", "video-decoder"], "needs --init"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
         (["--crop", "20"], "multiple of 8"),
         (["--frames", "6"], "4k + 1"),
