@@ -28,7 +28,7 @@ except ModuleNotFoundError as missing:
 
 @dataclass(frozen=True)
 class Config:
-    pictures: int = 240
+    pictures: int = 600
     size: int = 640
     """Pictures have about the area of a square with this side."""
     workers: int = os.cpu_count() or 1
@@ -75,7 +75,7 @@ def seconds(case: Callable[[], None]) -> float:
 
 
 def make_pictures(config: Config, folder: Path) -> Path:
-    """Photographs as JPEG, in eight shards of equal size."""
+    """Photographs as JPEG, in four shards of equal size."""
     from data_pipeline.parallel import map_ordered
     from data_pipeline.shards import shard_name, write_raw
     from data_pipeline.synthesis.kinds import Recipe, make_job
@@ -84,8 +84,8 @@ def make_pictures(config: Config, folder: Path) -> Path:
     recipe.load()
     samples = list(map_ordered(partial(make_job, recipe), ((i, None) for i in range(config.pictures)), config.workers))
     folder.mkdir()
-    for shard in range(8):
-        write_raw(folder / shard_name(shard), samples[shard::8])
+    for shard in range(4):
+        write_raw(folder / shard_name(shard), samples[shard::4])
     return folder
 
 
