@@ -12,6 +12,8 @@ _OWNER = re.compile(
     r"|\bwww\.|\.com\b|@[a-z0-9_]{3,}",
     re.IGNORECASE,
 )
+_COPYRIGHT_LINE = re.compile(r"\W*(19|20)\d\d\s*[A-Z]\.\s*[A-Z][a-z]+\W*")
+"""A year and a name: what OCR leaves of "© 2019 M. Jones"."""
 
 
 def text_language(view: View) -> str:
@@ -36,7 +38,8 @@ def smallest_character(view: View) -> float | None:
 
 
 def watermark(view: View) -> float:
-    """1 if a line names an owner or an agency, or the same line comes three times; else 0."""
+    """1 if a line names an owner or an agency, or is a year and a name, or the same line comes three times; else 0."""
     texts = [re.sub(r"\W+", "", line.text).lower() for line in view.lines]
     repeated = max(Counter(t for t in texts if len(t) > 3).values(), default=0) >= 3
-    return float(repeated or any(_OWNER.search(line.text) for line in view.lines))
+    owned = any(_OWNER.search(line.text) or _COPYRIGHT_LINE.fullmatch(line.text.strip()) for line in view.lines)
+    return float(repeated or owned)

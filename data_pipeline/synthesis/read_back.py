@@ -68,7 +68,7 @@ def read(image: np.ndarray, lines: tuple[Line, ...], language: str, vertical: bo
 
 
 def _read_at(gray: Image.Image, scales: list[float], model: str, layout: str) -> list[tuple[float, str]]:
-    """(mean confidence over characters, text) at each scale, by one process."""
+    """(confidence, text) at each scale, by one process; characters weighted by their word's confidence above .5."""
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for i, scale in enumerate(scales):
@@ -86,7 +86,4 @@ def _read_at(gray: Image.Image, scales: list[float], model: str, layout: str) ->
     for row in (line.split("\t") for line in table.decode().splitlines()):
         if len(row) > 11 and row[1].isdigit() and row[11].strip():
             words[int(row[1]) - 1].append((row[11].strip(), float(row[10])))
-    return [
-        (sum(len(w) * sure for w, sure in page) / max(1, sum(len(w) for w, _ in page)), " ".join(w for w, _ in page))
-        for page in words
-    ]
+    return [(sum(len(w) * (sure - 50) for w, sure in page), " ".join(w for w, _ in page)) for page in words]
