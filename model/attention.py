@@ -9,6 +9,9 @@ from torch import Tensor
 
 from model.packing import Pack
 
+LONGEST_PRODUCT = 2048
+"""Tokens up to which attention on a CPU in bf16 may keep its matrix of weights for the backward pass."""
+
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     """Attention per sample of the pack; takes and returns the order [text stream, image stream]."""
@@ -53,5 +56,12 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     out = []
     for (n, length), qs, ks, vs in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         qs, ks, vs = (x.unflatten(0, (n, length)).transpose(1, 2) for x in (qs, ks, vs))
-        out.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).flatten(0, 1))
+        out.append(_attend(qs, ks, vs).transpose(1, 2).flatten(0, 1))
     return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of [samples, H, length, K]; in bf16 on a CPU by products, as the fused kernel's backward is slow."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PRODUCT:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)

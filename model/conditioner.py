@@ -122,7 +122,7 @@ class Conditioner:
         """Hidden states [L_i, D] of each prompt, unpadded; `images` gives each prompt's pictures, of any size.
 
         A prompt without pictures uses the text-to-image template. A result depends on its own prompt alone. Raises
-        ValueError for a prompt that spells a picture's placeholder.
+        ValueError for a prompt that spells a picture's placeholder, and for hidden states that are not finite.
         """
         images = images or [[] for _ in prompts]
         if len(images) != len(prompts):
@@ -139,6 +139,9 @@ class Conditioner:
         for ids, hidden in self._encode_texts(sorted(texts, key=len)):
             for i in texts[ids]:
                 out[i] = hidden
+        for prompt, hidden in zip(prompts, out, strict=True):
+            if not hidden.isfinite().all():
+                raise ValueError(f"the text encoder gives NaN or infinite values for {prompt!r}: its weights are bad")
         return out
 
     def _tokenize(self, template: Template, prompt: str, pictures: str = "", extra: int = 0) -> tuple[int, ...]:

@@ -198,7 +198,7 @@ class Rows:
 
     def prefix(self, length: int) -> "Rows":
         """The rows of the first `length` tokens."""
-        if self.runs is None:
+        if torch.compiler.is_compiling() or self.runs is None:
             return Rows(self.one_hot[:length], None)
         runs, left = [], length
         for run, row in self.runs:

@@ -112,7 +112,7 @@ def sample(
 ) -> list[Tensor]:
     """Latents drawn by `steps` Euler steps from `noise` [C, F, H, W] (any mix of sizes), fp32, one a condition.
 
-    Raises ValueError for input that is not finite.
+    Raises ValueError for input, or a model's output, that is not finite.
     """
     sizes = [token_size(n) for n in noise]
     guidance = Guidance(conditions, sizes, cfg_scale, align)
@@ -125,6 +125,8 @@ def sample(
     for i in range(steps):
         v = guidance.combine(velocity(guidance.inputs(x, sigmas[:, i])).float())
         x = x + dt[i] * v
+    if not x.isfinite().all():
+        raise ValueError("the model's velocities are NaN or infinite although its inputs are not: its weights are bad")
     return [unpatchify(t, size) for t, size in zip(guidance.split(x), sizes, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import (
     CONFIG,
     EDIT_2511,
@@ -18,6 +19,7 @@ from tiny_models import (
 from model.config import PRESETS
 from model.diffusers_names import from_diffusers, to_diffusers
 from model.mmdit import MMDiT
+from model.packing import patchify
 
 CASES = {
     "text-to-image": (CONFIG, dict(txt=7, size=(1, 4, 6))),
@@ -40,8 +42,12 @@ def test_outputs_and_every_gradient(name):
     (v_ours,), v_theirs = run_ours(ours, [sample]), run_theirs(theirs, sample)
     assert relative(v_ours, v_theirs) < 1e-5
 
-    g_ours = gradients(ours, (v_ours * sample.direction).mean())
-    g_theirs = gradients(theirs, (v_theirs * sample.direction).mean())
+    compare_gradients(ours, (v_ours * sample.direction).mean(), theirs, (v_theirs * sample.direction).mean())
+
+
+def compare_gradients(ours, loss_ours, theirs, loss_theirs):
+    """Every parameter's gradient is the same, or absent on both sides."""
+    g_ours, g_theirs = gradients(ours, loss_ours), gradients(theirs, loss_theirs)
     for name, g in g_theirs.items():
         mine = g_ours[from_diffusers(name)]
         if g is None or mine is None:
@@ -50,11 +56,35 @@ def test_outputs_and_every_gradient(name):
             assert relative(mine, g) < 1e-4, name
 
 
-def test_padded_and_masked_prompt():
+@pytest.mark.parametrize("config", [CONFIG, WIDER], ids=["two layers", "three layers"])
+def test_padded_and_masked_prompt(config):
+    ours = random_model(config)
+    theirs = diffusers_twin(ours)
+    sample = case(config, txt=5, size=(1, 4, 4), references=((1, 3, 2),))
+    (v_ours,), v_theirs = run_ours(ours, [sample]), run_theirs(theirs, sample, pad_txt=11)
+    assert relative(v_ours, v_theirs) < 1e-5
+    compare_gradients(ours, (v_ours * sample.direction).mean(), theirs, (v_theirs * sample.direction).mean())
+
+
+def test_batch_of_masked_prompts():
+    """Pictures of one size, prompts of three lengths: all that diffusers can batch."""
     ours = random_model()
-    sample = case(CONFIG, txt=5, size=(1, 4, 4))
-    theirs = run_theirs(diffusers_twin(ours), sample, pad_txt=11)
-    assert relative(run_ours(ours, [sample])[0], theirs) < 1e-5
+    theirs = diffusers_twin(ours)
+    samples = [case(CONFIG, txt=n, size=(1, 4, 4), seed=n) for n in (3, 12, 7)]
+    mask = torch.arange(12) < torch.tensor([[len(s.txt)] for s in samples])
+    padded = torch.stack([F.pad(s.txt, (0, 0, 0, 12 - len(s.txt)), value=3.0) for s in samples])
+    v_theirs = theirs(
+        hidden_states=torch.stack([patchify(s.target) for s in samples]),
+        encoder_hidden_states=padded,
+        encoder_hidden_states_mask=mask,
+        timestep=torch.tensor([s.sigma for s in samples]),
+        img_shapes=[[s.size] for s in samples],
+        return_dict=False,
+    )[0]
+    v_ours = torch.stack(run_ours(ours, samples))
+    assert relative(v_ours, v_theirs) < 1e-5
+    directions = torch.stack([s.direction for s in samples])
+    compare_gradients(ours, (v_ours * directions).mean(), theirs, (v_theirs * directions).mean())
 
 
 def test_parameters_that_nothing_reads_are_frozen():

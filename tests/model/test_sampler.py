@@ -129,3 +129,7 @@ def test_bad_input_is_named():
         sample(random_model(), [c], [torch.full((16, 1, 4, 4), math.nan)], steps=2)
     with pytest.raises(ValueError, match="NaN"):
         sample(random_model(), [Condition(c.txt * math.inf, c.txt_empty)], [draw(16, 1, 4, 4)], steps=2)
+    broken = random_model()
+    broken.img_in.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="its weights are bad"):
+        sample(broken, [c], [draw(16, 1, 4, 4)], steps=2)
