@@ -12,6 +12,8 @@ _OWNER = re.compile(
     r"|\bwww\.|\.com\b|@[a-z0-9_]{3,}",
     re.IGNORECASE,
 )
+_AGENCIES = ("shutterstock", "gettyimages", "dreamstime", "depositphotos", "adobestock")
+"""Names long enough to be known with one letter misread."""
 _COPYRIGHT_LINE = re.compile(r"\W*(19|20)\d\d\s*[A-Z]\.\s*[A-Z][a-z]+\W*")
 """A year and a name: what OCR leaves of "© 2019 M. Jones"."""
 
@@ -41,5 +43,14 @@ def watermark(view: View) -> float:
     """1 if a line names an owner or an agency, or is a year and a name, or the same line comes three times; else 0."""
     texts = [re.sub(r"\W+", "", line.text).lower() for line in view.lines]
     repeated = max(Counter(t for t in texts if len(t) > 3).values(), default=0) >= 3
-    owned = any(_OWNER.search(line.text) or _COPYRIGHT_LINE.fullmatch(line.text.strip()) for line in view.lines)
-    return float(repeated or owned)
+    return float(repeated or any(_is_owner(line.text.strip()) for line in view.lines))
+
+
+def _is_owner(text: str) -> bool:
+    letters = re.sub(r"[\W_]+", "", text).lower()
+    misread = any(
+        sum(a != b for a, b in zip(name, letters[i:], strict=False)) <= 1
+        for name in _AGENCIES
+        for i in range(len(letters) - len(name) + 1)
+    )
+    return misread or bool(_OWNER.search(text) or _COPYRIGHT_LINE.fullmatch(text))
