@@ -49,12 +49,12 @@ RECIPES = {
     "demo": Recipe(
         pictures=12000,
         kinds="shapes:6,text,photo",
-        vae_steps=1000,
-        image_decoder_steps=400,
+        vae_steps=600,
+        image_decoder_steps=300,
         batch_size=64,
-        steps_256=1500,
-        steps_640=250,
-        sft_steps=80,
+        steps_256=2400,
+        steps_640=120,
+        sft_steps=40,
         dpo_pairs=96,
         dpo_steps=40,
         grpo_steps=20,
@@ -115,7 +115,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
 
     def pretrain(res: int, steps: int, *more: object) -> Stage:
         where = ["--res", res, "--preset", "tiny", "--data", encoded[res], "--batch-size", recipe.batch_size]
-        where += ["--sample-every", steps]
+        where += ["--sample-every", steps, "--schedule", "cosine"]
         return train(f"pretrain-{res}", f"flow matching, stage {res}", "pretrain/stage.py", steps, *where, *more)
 
     if data is None:
