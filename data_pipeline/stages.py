@@ -6,7 +6,7 @@ defects (tests/data_pipeline/test_filters.py).
 
 from dataclasses import dataclass, replace
 
-SYNTHETIC = ("text", "shapes")
+SYNTHETIC = ("text", "shapes", "square-shapes")
 """Sources whose pictures are drawn: plain by design, so the filters for photographs don't apply."""
 
 

@@ -48,7 +48,7 @@ RECIPES = {
     ),
     "demo": Recipe(
         pictures=12000,
-        kinds="shapes:6,text,photo",
+        kinds="square-shapes:8,text,photo",
         vae_steps=600,
         image_decoder_steps=300,
         batch_size=64,
