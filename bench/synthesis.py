@@ -21,8 +21,8 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
 
-READ_SEED = 2
-"""Not that of the pages on which reading was tuned (0 and 1)."""
+READ_SEED = 3
+"""Not that of the pages on which reading was tuned (0 to 2)."""
 
 
 @dataclass(frozen=True)
