@@ -16,6 +16,7 @@ from model.sampler import Condition, sample
 from model.text_to_image import PIXELS_PER_TOKEN, TextToImage, initial_noise, to_uint8
 
 if TYPE_CHECKING:
+    from model.conditioner import Conditioner
     from pretrain.engine.step import Engine
     from pretrain.run_folder import RunFolder
 
@@ -97,18 +98,25 @@ class Validation:
 
 
 def validations(
-    every: int, run: "RunFolder", engine: "Engine", components: Path | None, side_px: int
+    every: int,
+    run: "RunFolder",
+    engine: "Engine",
+    components: Path | None,
+    side_px: int,
+    vae: Any,
+    conditioner: "Conditioner | None" = None,
 ) -> list[Validation]:
-    """The hook of a trainer, or none if `every` is 0 or `components` hold no text encoder for the prompts."""
+    """The hook of a trainer, or none if `every` is 0 or `components` hold no text encoder for the prompts.
+
+    Without a `conditioner` the one in `components` is loaded, and let go when the prompts are encoded.
+    """
     if not every or components is None or not (components / "text_encoder").is_dir():
         return []
-    from model.conditioner import Conditioner
-    from vae.autoencoder import VAE
+    if conditioner is None:
+        from model.conditioner import Conditioner
 
-    dtype = torch.bfloat16 if engine.device.type == "cuda" else torch.float32
-    conditioner = Conditioner.from_folder(components, engine.device, dtype)
+        dtype = torch.bfloat16 if engine.device.type == "cuda" else torch.float32
+        conditioner = Conditioner.from_folder(components, engine.device, dtype)
     texts = conditioner.encode([p.text for p in shapes_prompts("validation")[:PROMPTS]])
     (empty,) = conditioner.encode([" "])
-    conditions = [Condition(txt, empty).to("cpu") for txt in texts]
-    vae = VAE.from_folder(components, engine.device).eval()
-    return [Validation(every, run, vae, conditions, side_px)]
+    return [Validation(every, run, vae, [Condition(txt, empty).to("cpu") for txt in texts], side_px)]

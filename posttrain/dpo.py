@@ -95,7 +95,10 @@ def main(given: Config) -> None:
         vae = VAE.from_folder(config.components, engine.device).eval()
         shown = [dataset[i].win for i in range(min(8, len(dataset)))]
         samples = SampleHook(config.sample_every, run_folder, vae, shown, together=len(shown) if TOY else 1)
-        hooks = [samples, *validations(config.validate_every, run_folder, engine, config.components, config.size_px)]
+        hooks = [
+            samples,
+            *validations(config.validate_every, run_folder, engine, config.components, config.size_px, vae),
+        ]
         train(engine, DiffusionDPO(config.beta), batches, config.loop, run_folder, hooks)
         batches.close()
     finally:

@@ -116,7 +116,11 @@ def main(given: Config) -> None:
             updates_per_rollout=config.updates_per_rollout,
             seed=config.loop.seed,
         )
-        hooks = [samples, *validations(config.validate_every, run_folder, engine, config.components, config.size_px)]
+        models = painter.vae, painter.conditioner
+        hooks = [
+            samples,
+            *validations(config.validate_every, run_folder, engine, config.components, config.size_px, *models),
+        ]
         train(engine, objective, batches, config.loop, run_folder, hooks)
     finally:
         engine.close()

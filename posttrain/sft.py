@@ -67,7 +67,7 @@ def main(given: Config) -> None:
         samples = SampleHook(config.sample_every, run_folder, vae, shown, together=len(shown) if TOY else 1)
         objective = VelocityMSE(condition_dropout=config.condition_dropout)
         side_px = picture_side(None, config.init)
-        hooks = [samples, *validations(config.validate_every, run_folder, engine, config.components, side_px)]
+        hooks = [samples, *validations(config.validate_every, run_folder, engine, config.components, side_px, vae)]
         train(engine, objective, batches, config.loop, run_folder, hooks)
         batches.close()
     finally:

@@ -100,7 +100,7 @@ def hooks(config: StageConfig, engine, run_folder, dataset) -> list:
     prompts = [dataset[i] for i in range(min(8, len(dataset)))]
     together = 8 if config.preset == "tiny" else 1
     samples = SampleHook(config.sample_every, run_folder, vae, prompts, together=together)
-    return [samples, *validations(config.validate_every, run_folder, engine, config.components, config.side_px)]
+    return [samples, *validations(config.validate_every, run_folder, engine, config.components, config.side_px, vae)]
 
 
 def defaults(argv: list[str]) -> StageConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pytest
 import skimage
 import skimage.draw
 import skimage.filters
@@ -250,3 +251,11 @@ def framed(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     top, left = round(height * y), round(width * x)
     page[top : top + height, left : left + width] = pixels
     return page
+
+
+def han_font() -> Path:
+    """A font with Chinese characters; skips the test where it is not installed."""
+    found = sorted(Path("/usr/share/fonts").rglob("wqy-microhei*"))
+    if not found:
+        pytest.skip("no Chinese font: install fonts-wqy-microhei")
+    return found[0]

@@ -160,13 +160,6 @@ def test_captions():
     report("invalid_caption", dropped("invalid_caption", wrong), dropped("invalid_caption", kept))
 
 
-def han_font() -> Path:
-    found = sorted(Path("/usr/share/fonts").rglob("wqy-microhei*"))
-    if not found:
-        pytest.skip("no Chinese font: install fonts-wqy-microhei")
-    return found[0]
-
-
 @cache
 def backgrounds() -> list[np.ndarray]:
     """Photographs without writing (the portraits show small name badges, which the filters rightly find)."""
@@ -178,7 +171,7 @@ def written(i: int, text: str, size: int, patch: bool = True) -> View:
     """Text on a photograph, black on a plain light patch or white on the picture."""
     rng = np.random.default_rng(5000 + i)
     page = Image.fromarray(backgrounds()[i % 25])
-    font = ImageFont.truetype(str(SERIF if text.isascii() or "©" in text else han_font()), size)
+    font = ImageFont.truetype(str(SERIF if text.isascii() or "©" in text else planted.han_font()), size)
     x1, y1 = font.getbbox(text)[2:]
     x, y = int(rng.integers(10, max(11, 405 - x1))), int(rng.integers(10, max(11, 280 - y1)))
     draw = ImageDraw.Draw(page)

@@ -1,6 +1,6 @@
 """Stage 4 on drawn text: language, amount, smallest character; watermarks. OCR reads what PIL drew."""
 
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -18,14 +18,6 @@ pytestmark = pytest.mark.timeout(900)
 LATIN = Path(matplotlib.__file__).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 WORDS = "morning river market window garden letter summer bridge silver winter paper island".split()
 HAN = "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少白日依山尽黄河入海流"
-
-
-@lru_cache
-def han_font() -> Path:
-    found = sorted(Path("/usr/share/fonts").rglob("wqy-microhei*"))
-    if not found:
-        pytest.skip("no Chinese font: install fonts-wqy-microhei")
-    return found[0]
 
 
 @cache
@@ -70,7 +62,7 @@ def texts(n: int, sizes: tuple[int, int]) -> list[tuple[str, View]]:
 
 
 def font(chinese: bool) -> Path:
-    return han_font() if chinese else LATIN
+    return planted.han_font() if chinese else LATIN
 
 
 @pytest.mark.parametrize("n", [16, pytest.param(104, marks=pytest.mark.slow)])

@@ -16,12 +16,13 @@ def validate(rank: int, components: Path, init: Path, out: Path) -> np.ndarray:
     from pretrain.engine.config import EngineConfig
     from pretrain.engine.step import Engine
     from pretrain.run_folder import RunFolder
+    from vae.autoencoder import VAE
 
     engine = Engine(CONFIG, EngineConfig(), 1)
     engine.load_run(init)
     run = RunFolder(out, {}, engine.rank == 0)
     run.open(0)
-    (hook,) = validations(1, run, engine, components, SIZE_PX)
+    (hook,) = validations(1, run, engine, components, SIZE_PX, VAE.from_folder(components))
     hook.conditions, hook.steps = hook.conditions[:5], 3
     hook(engine, 0)
     pictures = np.stack(hook.draw(engine))
