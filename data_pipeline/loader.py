@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data_pipeline.sample import EncodedSample, Fingerprint
@@ -245,9 +244,6 @@ class _Reader:
         self._thread.start()
 
     def _run(self) -> None:
-        # For this thread and later ones. With a second pool of threads there are more of them than cores, and OpenMP
-        # then lets the trainer's threads sleep at every barrier: a small model's step on a CPU took 1.6 times as long.
-        torch.set_num_threads(1)
         try:
             for item in self._items:
                 if not self._put((item, None)):

@@ -8,6 +8,7 @@ do nothing.
 import contextlib
 import logging
 import os
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +123,15 @@ def _install_cpu_shim() -> None:
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda *args, **kwargs: None
     # Results depend on the number of threads, so it is set rather than left to whoever imports what.
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, os.cpu_count() // local_world))
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, os.cpu_count() // local_world)
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # settles this thread's number; without it, the next lines would change it
+    # All other threads (the loader's, gloo's) compute alone: said in another thread, it holds for those that have not
+    # computed yet. A second OpenMP team makes more threads than cores, and then OpenMP lets all sleep at each barrier:
+    # a small model's step took 1.6 times as long.
+    other = threading.Thread(target=torch.set_num_threads, args=(1,))
+    other.start()
+    other.join()
     # The gradient of an indexed tensor (a modulation row for each token) is summed in any order otherwise.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
