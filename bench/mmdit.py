@@ -120,13 +120,14 @@ def all_cases() -> dict[str, Callable[[], Contestants]]:
         "one shape, tiny": lambda: one_shape(tiny, batch=4, side=16, txt=64),
         "one shape, width 1024": lambda: one_shape(wide, batch=1, side=32, txt=128),
         "mixed batch, tiny": lambda: mixed_batch(tiny),
+        "mixed batch, tiny, bf16": lambda: mixed_batch(tiny, "bfloat16"),
         "mixed batch, width 1024": lambda: mixed_batch(wide),
         "sampling, tiny": lambda: sampling(tiny, side=16, txt=48),
         "sampling, width 1024": lambda: sampling(wide, side=16, txt=48),
     }
 
 
-def models(config):
+def models(config, dtype: str = "float32"):
     """Ours and diffusers', with the same random weights."""
     import torch
     from diffusers import QwenImageTransformer2DModel
@@ -139,7 +140,7 @@ def models(config):
     values = {k: v for k, v in asdict(config).items() if k != "rope"}
     theirs = QwenImageTransformer2DModel(**values)
     theirs.load_state_dict({to_diffusers(n): p.detach().clone() for n, p in ours.named_parameters()})
-    return ours, theirs
+    return ours.to(getattr(torch, dtype)), theirs.to(getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,14 @@ class Shape:
     target: tuple[int, int, int]
     references: tuple[tuple[int, int, int], ...] = ()
 
-    def tensors(self, config) -> tuple:
+    def tensors(self, config, dtype: str = "float32") -> tuple:
         """(target, prompt, references) with random numbers."""
         import torch
 
-        latent = lambda f, h, w: torch.randn(config.out_channels, f, 2 * h, 2 * w)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, dtype=getattr(torch, dtype))  # noqa: E731
+        latent = lambda f, h, w: draw(config.out_channels, f, 2 * h, 2 * w)  # noqa: E731
         references = [latent(*r) for r in self.references]
-        return latent(*self.target), torch.randn(self.txt, config.joint_attention_dim), references
+        return latent(*self.target), draw(self.txt, config.joint_attention_dim), references
 
 
 def train_ours(model, packs: list[list[tuple]]) -> Callable[[], None]:
@@ -220,11 +222,11 @@ def mixed_shapes() -> list[Shape]:
     return [Shape(txt, (1, *side), refs) for txt, side, refs in zip(prompts, sides, references, strict=True)]
 
 
-def mixed_batch(config) -> Contestants:
-    ours, theirs = models(config)
-    samples = [shape.tensors(config) for shape in mixed_shapes()]
+def mixed_batch(config, dtype: str = "float32") -> Contestants:
+    ours, theirs = models(config, dtype)
+    samples = [shape.tensors(config, dtype) for shape in mixed_shapes()]
     return {
-        "ours": train_ours(ours, packed(samples, max_tokens=2048)),
+        "ours": train_ours(ours, packed(samples, max_tokens=1280)),
         "ours, one pack": train_ours(ours, [samples]),
         "diffusers, loop": train_theirs(theirs, [their_batch([s]) for s in samples]),
         "diffusers, padded": train_theirs(theirs, [their_batch(samples, pad=True)]),

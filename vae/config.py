@@ -54,5 +54,6 @@ class VAEConfig:
 
 PRESETS: dict[str, VAEConfig] = {
     "tiny": VAEConfig(8, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
+    "small": VAEConfig(16, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
     "qwen-image": VAEConfig(),
 }

@@ -39,7 +39,7 @@ class Config:
     """One training."""
 
     recipe: Literal["base", "image-decoder", "video-decoder"] = "base"
-    preset: Literal["tiny", "qwen-image"] = "qwen-image"
+    preset: Literal["tiny", "small", "qwen-image"] = "qwen-image"
     """Size of a VAE that starts at random. Default: qwen-image with a GPU, tiny without."""
     data: tuple[Path, ...] = ()
     """Folders of raw shards. Default: the demo's pictures, made if they are missing."""
@@ -97,6 +97,11 @@ for _name, _full in [(name, config) for (name, _), config in RECIPES.items()]:
         perceptual_ratio=0.2, sample_every=200, statistics_samples=256,
         engine=_engine(3e-3, 20, 0.98), loop=LoopConfig(400, 200),
     )  # fmt: skip
+    RECIPES[_name, "small"] = replace(
+        RECIPES[_name, "tiny"],
+        preset="small", crop=64, clip_share=min(0.1, _full.clip_share),
+        engine=_engine(2e-3, 50, 0.99), loop=LoopConfig(2000, 500),
+    )  # fmt: skip
 
 
 def recipe(name: str, preset: str | None = None) -> Config:
@@ -104,8 +109,8 @@ def recipe(name: str, preset: str | None = None) -> Config:
     preset = preset or ("qwen-image" if has_gpu() else "tiny")
     if (name, preset) not in RECIPES:
         raise ValueError(
-            f"there is no recipe {name} of preset {preset}; there are base, image-decoder and video-decoder, tiny and "
-            "qwen-image"
+            f"there is no recipe {name} of preset {preset}; there are base, image-decoder and video-decoder, tiny, "
+            "small and qwen-image"
         )
     return RECIPES[name, preset]
 
