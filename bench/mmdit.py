@@ -140,7 +140,7 @@ def models(config, dtype: str = "float32"):
     values = {k: v for k, v in asdict(config).items() if k != "rope"}
     theirs = QwenImageTransformer2DModel(**values)
     theirs.load_state_dict({to_diffusers(n): p.detach().clone() for n, p in ours.named_parameters()})
-    return ours.to(getattr(torch, dtype)), theirs.to(getattr(torch, dtype))
+    return ours.to(getattr(torch, dtype)), torch.nn.Module.to(theirs, getattr(torch, dtype))
 
 
 @dataclass(frozen=True)

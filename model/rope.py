@@ -135,5 +135,5 @@ def _turn(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _pieces(x: Tensor) -> list[slice]:
-    step = max(1, 65536 // x[0].numel()) if x.device.type == "cpu" else len(x)
+    step = max(1, 262144 // x[0].numel()) if x.device.type == "cpu" else len(x)
     return [slice(start, start + step) for start in range(0, len(x), step)]
