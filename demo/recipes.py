@@ -49,11 +49,11 @@ RECIPES = {
     "demo": Recipe(
         pictures=12000,
         kinds="square-shapes:8,text,photo",
-        vae_steps=900,
+        vae_steps=600,
         image_decoder_steps=300,
         batch_size=64,
         steps_256=2400,
-        steps_640=400,
+        steps_640=120,
         sft_steps=40,
         dpo_pairs=96,
         dpo_steps=40,
