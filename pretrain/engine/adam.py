@@ -37,7 +37,7 @@ class GroupAdamW(torch.optim.Optimizer):
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
-            [torch.tensor(float(t))] * len(params),
+            [torch.tensor(float(t), device=params[0].device)] * len(params),
             lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
             amsgrad=False, maximize=False,
         )  # fmt: skip
