@@ -226,6 +226,7 @@ def mixed_batch(config, dtype: str = "float32") -> Contestants:
     ours, theirs = models(config, dtype)
     samples = [shape.tensors(config, dtype) for shape in mixed_shapes()]
     return {
+        # little more than the largest sample (1144 tokens), so that neither side holds more at a time
         "ours": train_ours(ours, packed(samples, max_tokens=1280)),
         "ours, one pack": train_ours(ours, [samples]),
         "diffusers, loop": train_theirs(theirs, [their_batch([s]) for s in samples]),
