@@ -40,7 +40,7 @@ def main(config: Config) -> None:
         raise UserError("give one model: --local.folder, or --server.url http://HOST:PORT/v1 with --server.model")
     if min(config.attempts, config.concurrency) < 1:
         raise UserError("--attempts and --concurrency must be at least 1")
-    from data_pipeline.shard_stage import ShardStage, my_share, say_skipped, shards_as_inputs
+    from data_pipeline.shard_stage import ShardStage, say_skipped, shards_as_inputs
 
     inputs = shards_as_inputs(config.data, config.out)
     if config.dry_run:
@@ -52,13 +52,12 @@ def main(config: Config) -> None:
     stage = ShardStage(config.out, inputs, settings | {"splits": asdict(config.splits)})
     config.out.mkdir(parents=True, exist_ok=True)
     threads = config.concurrency if config.server.url else 1
-    annotate_shards(
-        stage, my_share(stage.pending()), config.data, Annotator(model.ask, config.splits, config.attempts), threads
-    )
+    annotator = Annotator(model.ask, config.splits, config.attempts)
+    annotate_shards(stage, stage.my_pending(), config.data, annotator, threads)
     records = stage.records()
     say_skipped(records, config.out)
     samples, annotated = (sum(record[name] for record in records) for name in ("samples", "annotated"))
-    print(f"annotated {annotated} of {samples} samples in {len(records)} shards: {config.out}")
+    print(f"annotated {annotated} of {samples} samples in {stage.progress(records)}: {config.out}")
 
 
 def annotate_shards(stage, names: list[str], data: Path, annotator: Annotator, threads: int) -> None:

@@ -1,30 +1,35 @@
 """Files that appear whole or not at all."""
 
+import fcntl
+import glob
 import json
 import os
+import secrets
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+DAY_S = 24 * 60 * 60
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; on success fsync it and rename it to `path`, else remove it.
 
-    The temporary name says host and process, so that several may write the same cache; the last one wins.
+    Several may write one path at once, in any processes on any hosts, each in a file of its own; the last one wins.
     """
-    temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
+    with _temporary(path) as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -33,9 +38,32 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that killed writers of `path` left; call it where no other writer can be."""
-    for temporary in path.parent.glob(f".tmp-*-{path.name}"):
-        temporary.unlink(missing_ok=True)
+    """Remove the temporary files that killed writers of `path` left; those of writers at work stay.
+
+    A writer holds a lock on its file. As network file systems may not show the locks of other hosts, another host's
+    file is left alone until it has not been touched for a day.
+    """
+    for temporary in path.parent.glob(f".tmp-*-{glob.escape(path.name)}"):
+        with suppress(OSError), open(temporary, "rb+") as file:  # OSError: it is locked, or gone
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = temporary.name.endswith(f"-{_host()}-{path.name}")
+            if ours or time.time() - os.fstat(file.fileno()).st_mtime > DAY_S:
+                temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> BinaryIO:
+    """A new file beside `path`, locked for as long as it is open."""
+    while True:
+        file = open(path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{_host()}-{path.name}"), "xb")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):
+            return file
+        file.close()  # another process took it for a leftover before it was locked
+
+
+def _host() -> str:
+    return socket.gethostname().replace("-", "_")
 
 
 def write_json(path: Path, data: Any) -> None:

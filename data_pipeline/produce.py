@@ -36,7 +36,7 @@ def main(config: Config) -> None:
     for folder, what in ((config.data, "--data"), (config.components, "--components")):
         if not folder.is_dir():
             raise UserError(f"{folder} does not exist; give {what}, or make the demo's with `make quick`")
-    from data_pipeline.shard_stage import ShardStage, my_share, say_skipped, shards_as_inputs
+    from data_pipeline.shard_stage import ShardStage, say_skipped, shards_as_inputs
 
     inputs = shards_as_inputs(config.data, config.out)
     if config.dry_run:
@@ -49,13 +49,13 @@ def main(config: Config) -> None:
     stage = ShardStage(config.out, inputs, asdict(fingerprint) | {"batch_size": config.batch_size})
     config.out.mkdir(parents=True, exist_ok=True)
     describe(config.out, encoder, fingerprint)
-    encode_shards(stage, my_share(stage.pending()), config.data, encoder)
+    encode_shards(stage, stage.my_pending(), config.data, encoder)
     records = stage.records()
     say_skipped(records, config.out)
     samples = sum(record["samples"] for record in records)
-    if not samples:
+    if not samples and len(records) == len(inputs):
         raise UserError(f"no sample of {config.data} could be encoded")
-    print(f"{samples} samples in {len(records)} shards: {config.out}")
+    print(f"{samples} samples in {stage.progress(records)}: {config.out}")
 
 
 def load_encoder(config: Config):

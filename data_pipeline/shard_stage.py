@@ -16,11 +16,6 @@ from data_pipeline.shards import Problem, list_shards
 Record = dict[str, Any]
 
 
-def my_share(items: list) -> list:
-    """The items of this process under torchrun: every WORLD_SIZE-th, from RANK on."""
-    return items[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-
-
 @dataclass(frozen=True)
 class ShardStage:
     """Which shards are still to be made in `out`.
@@ -45,6 +40,16 @@ class ShardStage:
         """The shards that are not finished."""
         return [name for name in self.inputs if self.record(name) is None]
 
+    def my_pending(self) -> list[str]:
+        """Those of this process under torchrun: of all inputs, every WORLD_SIZE-th from RANK on.
+
+        Whose a shard is depends on no other process's progress, so ranks may begin at any time. A run with another
+        number of ranks goes on with what is left; if ranks of an earlier one are still at work, a shard may be made
+        twice, with the same result.
+        """
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        return [name for name in list(self.inputs)[rank::world] if self.record(name) is None]
+
     def target(self, name: str) -> Path:
         return self.out / name
 
@@ -65,6 +70,11 @@ class ShardStage:
     def records(self) -> list[Record]:
         """What is known about the finished shards, in order."""
         return [record for name in self.inputs if (record := self.record(name)) is not None]
+
+    def progress(self, records: list[Record]) -> str:
+        """'3 shards', or while other processes have some to finish, '2 of 3 shards'."""
+        done, total = len(records), len(self.inputs)
+        return f"{total} shards" if done == total else f"{done} of {total} shards (the rest is for other processes)"
 
     def _record_path(self, name: str) -> Path:
         return self.target(name).with_suffix(".record.json")

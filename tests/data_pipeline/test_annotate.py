@@ -155,6 +155,19 @@ def test_samples_get_captions_by_their_split_and_what_filters_read(server, annot
     assert len(server.questions) == questions, "a finished shard is not asked about again"
 
 
+def test_ranks_that_begin_one_after_the_other_annotate_every_shard(annotate, tmp_path, monkeypatch):
+    write(tmp_path / "raw", *([sample(i)] for i in range(5)))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    said = []
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        done = annotate()
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert list(read(tmp_path / "out")) == [f"s{i}" for i in range(5)]
+    assert "3 of 3 samples in 3 of 5 shards" in said[1] and "5 of 5 samples in 5 shards" in said[2]
+
+
 def test_bad_answers_are_asked_for_again_and_failures_keep_the_sample(server, annotate, tmp_path):
     def behave(number: int, times: int):
         if number == 1:  # malformed, then without a field, then good, in a fence

@@ -1,5 +1,6 @@
 import filecmp
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -121,13 +122,34 @@ def test_killed_and_run_again_gives_the_same_bytes(raw_folder: Path, components:
     produce_until(lambda: False, whole)
     for pattern in (".tmp-*.tar", "shard-000001.tar"):
         produce_until(lambda pattern=pattern: any(killed.glob(pattern)), killed)
-    (killed / f".tmp-gone-1-{shard_name(2)}").write_bytes(b"half a shard")
+    (killed / f".tmp-1-0-gone-{shard_name(2)}").write_bytes(b"half a shard")
+    os.utime(killed / f".tmp-1-0-gone-{shard_name(2)}", (0, 0))
     produce_until(lambda: False, killed)
     assert not list(killed.glob(".tmp*"))
     names = [p.name for p in whole.glob("*.tar")] + ["dataset.json", "empty.safetensors"]
     assert len(names) == 5
     _, differ, missing = filecmp.cmpfiles(whole, killed, names, shallow=False)
     assert not differ and not missing
+
+
+def test_ranks_that_begin_one_after_the_other_make_every_shard(
+    raw_folder: Path, produce, tmp_path: Path, make_raw, monkeypatch: pytest.MonkeyPatch
+):
+    def run(*ranks: int, of: int) -> str:
+        monkeypatch.setenv("WORLD_SIZE", str(of))
+        for rank in ranks:
+            monkeypatch.setenv("RANK", str(rank))
+            done = produce(raw_folder, out)
+            assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for order in ((0, 1), (1, 0)):
+        out = tmp_path / str(order)
+        said = run(*order, of=2)
+        assert len(EncodedDataset(out)) == 39 and "39 samples in 3 shards" in said
+    out = tmp_path / "another number of ranks"
+    assert "13 samples in 1 of 3 shards" in run(1, of=2)
+    assert "39 samples in 3 shards" in run(3, 2, 1, 0, of=4)
 
 
 def test_changed_input_is_encoded_anew_and_foreign_shards_are_refused(

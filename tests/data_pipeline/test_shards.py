@@ -1,6 +1,10 @@
 import json
+import os
 import random
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -78,11 +82,35 @@ def test_a_failing_producer_leaves_nothing_and_keeps_what_was_there(tmp_path: Pa
 
 
 def test_what_a_killed_writer_left_is_removed_and_never_listed(tmp_path: Path):
-    (tmp_path / ".tmp-elsewhere-1-shard-000000.tar").write_bytes(b"half")
+    target = tmp_path / shard_name(0)
+    killed = """if True:
+        import os, pathlib, sys
+        from data_pipeline.atomic import atomic_file
+        with atomic_file(pathlib.Path(sys.argv[1])):
+            os.kill(os.getpid(), 9)
+    """
+    assert subprocess.run([sys.executable, "-c", killed, target]).returncode == -9
+    (left,) = tmp_path.iterdir()
+    fresh, old = (tmp_path / f".tmp-1-0-elsewhere{i}-{target.name}" for i in range(2))
+    for file in (fresh, old):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 25 * 60 * 60,) * 2)
     with pytest.raises(ValueError, match="holds no .tar shards"):
         list_shards(tmp_path)
-    write_raw(tmp_path / shard_name(0), raw(1))
-    assert [p.name for p in tmp_path.iterdir()] == ["shard-000000.tar"]
+    write_raw(target, raw(1))
+    assert {p.name for p in tmp_path.iterdir()} == {target.name, fresh.name}, "another host may be writing it"
+
+
+def test_two_writers_of_one_shard_do_not_disturb_each_other(tmp_path: Path):
+    def slow():
+        yield raw(2)[0]
+        assert write_raw(tmp_path / "a.tar", raw(2)) == 2  # begins later, ends first
+        assert [s.key for s in read_raw(tmp_path / "a.tar")] == [s.key for s in raw(2)]
+        yield raw(2)[1]
+
+    assert write_raw(tmp_path / "a.tar", slow()) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+    assert [s.key for s in read_raw(tmp_path / "a.tar")] == [s.key for s in raw(2)]
 
 
 @pytest.mark.parametrize(
