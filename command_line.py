@@ -8,9 +8,11 @@ Imports no torch, so that `--help` answers at once. An entry is
         run(main, Config)
 """
 
+import ctypes
 import dataclasses
 import errno
 import os
+import signal
 import sys
 import tomllib
 import types
@@ -51,6 +53,12 @@ def run(main: Callable[[T], None], config: type[T] | T, description: str | None 
         if os.environ.get("DEBUG"):
             raise
         raise SystemExit(_one_line(error)) from None
+
+
+def die_with_parent() -> None:
+    """Ask the kernel (Linux) to kill this process when its parent dies, so that a killed run leaves nothing behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _one_line(error: BaseException) -> int:

@@ -61,7 +61,7 @@ class Encoder:
         return Fingerprint(self.vae.fingerprint(), *self.conditioner.fingerprint(), resolution=self.res)
 
     def write_description(self, out: Path) -> None:
-        """Write `dataset.json` and `empty.safetensors`, which make `out` an encoded data set."""
+        """Write `empty.safetensors` and then `dataset.json`, which makes `out`, now whole, an encoded data set."""
         from safetensors.torch import save
 
         (empty,) = self.conditioner.encode([EMPTY_PROMPT])

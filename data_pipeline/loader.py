@@ -106,7 +106,9 @@ def read_fingerprint(folder: Path) -> Fingerprint:
     try:
         return Fingerprint(**json.loads((folder / "dataset.json").read_text())["fingerprint"])
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no encoded data set (no dataset.json); make one with produce.py") from None
+        raise ValueError(
+            f"{folder} is no encoded data set (no dataset.json): make one with produce.py, or run that to its end"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/dataset.json is broken ({error}); produce the data set again") from None
 

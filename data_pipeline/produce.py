@@ -1,6 +1,7 @@
 """Encode raw shards for training: pictures to VAE latents in aspect-ratio buckets, captions to text-encoder states.
 
 Run it again to go on: a finished shard is not made twice. Under torchrun each process takes its share of the shards.
+The folder becomes an encoded data set (by its dataset.json) when the last shard is finished.
 """
 
 import os
@@ -48,13 +49,15 @@ def main(config: Config) -> None:
     fingerprint = encoder.fingerprint()
     stage = ShardStage(config.out, inputs, asdict(fingerprint) | {"batch_size": config.batch_size})
     config.out.mkdir(parents=True, exist_ok=True)
-    describe(config.out, encoder, fingerprint)
+    require_same(config.out, fingerprint)
     encode_shards(stage, stage.my_pending(), config.data, encoder)
     records = stage.records()
     say_skipped(records, config.out)
     samples = sum(record["samples"] for record in records)
-    if not samples and len(records) == len(inputs):
-        raise UserError(f"no sample of {config.data} could be encoded")
+    if len(records) == len(inputs):
+        if not samples:
+            raise UserError(f"no sample of {config.data} could be encoded")
+        encoder.write_description(config.out)
     print(f"{samples} samples in {stage.progress(records)}: {config.out}")
 
 
@@ -73,8 +76,8 @@ def load_encoder(config: Config):
     return Encoder(conditioner, vae, config.res, config.batch_size, config.decode_threads)
 
 
-def describe(out: Path, encoder, fingerprint) -> None:
-    """Make `out` an encoded data set; if it is one already it must be of these components and resolution."""
+def require_same(out: Path, fingerprint) -> None:
+    """UserError if `out` is an encoded data set already, and not of these components and this resolution."""
     from data_pipeline.loader import read_fingerprint
 
     if (out / "dataset.json").exists():
@@ -82,8 +85,6 @@ def describe(out: Path, encoder, fingerprint) -> None:
             fingerprint.require(read_fingerprint(out), str(out))
         except ValueError as error:
             raise UserError(f"{error}: delete the folder or choose another --out") from None
-    else:
-        encoder.write_description(out)
 
 
 def encode_shards(stage, names: list[str], data: Path, encoder) -> None:

@@ -5,14 +5,12 @@ interrupted one is taken up where its own checkpoints left it. Two runs of one r
 they were interrupted.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import runpy
 import shlex
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 try:
-    from command_line import UserError, run
+    from command_line import UserError, die_with_parent, run
     from data_pipeline.atomic import write_json
     from demo.recipes import RECIPES, Stage, stages
 except ModuleNotFoundError as missing:
@@ -52,12 +50,6 @@ def warm_up() -> None:
     import megatron.core.dist_checkpointing  # noqa: F401
     import megatron.core.optimizer  # noqa: F401
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
-
-
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to kill this process when its parent dies, so that a killed run leaves nothing behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def run_command(command: list[str]) -> int:

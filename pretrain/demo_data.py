@@ -6,21 +6,24 @@ import sys
 import time
 from pathlib import Path
 
+from command_line import die_with_parent
 from pretrain.recipes import TOYS
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("runs/demo-data")
 COMPONENTS = FOLDER / "components"
 MODEL = FOLDER / "pretrain-256"
+SHARD = "shard-000000.tar"
+"""The demo's pictures fill one shard; that it is there means that all of them are."""
 
 
 def demo_pictures() -> Path:
     """Raw shards of the demo's pictures; rank 0 makes them if they are missing, the others wait for it."""
     raw = FOLDER / "raw"
-    if not (raw / "shard-000000.tar").exists():
+    if not (raw / SHARD).exists():
         if os.environ.get("RANK", "0") == "0":
             _run("data_pipeline/synthesize.py", "--count", 480, "--size", 128, "--out", raw)
-        while not (raw / "shard-000000.tar").exists():
+        while not (raw / SHARD).exists():
             time.sleep(1)
     return raw
 
@@ -28,7 +31,7 @@ def demo_pictures() -> Path:
 def demo_data(side_px: int) -> tuple[Path, Path]:
     """(encoded data set, components) of the demo; rank 0 makes what is missing, the others wait for it."""
     encoded, vae = FOLDER / f"encoded-{side_px}", FOLDER / "vae"
-    if not (encoded / "dataset.json").exists():
+    if not _is_whole(encoded):
         if os.environ.get("RANK", "0") == "0":
             raw = demo_pictures()
             if not COMPONENTS.exists():
@@ -36,7 +39,7 @@ def demo_data(side_px: int) -> tuple[Path, Path]:
                 _run("demo/components.py", "--vae", vae, "--out", COMPONENTS)
             where = ("--data", raw, "--components", COMPONENTS, "--res", side_px, "--out", encoded)
             _run("data_pipeline/produce.py", *where)
-        while not (encoded / "dataset.json").exists():
+        while not _is_whole(encoded):
             time.sleep(1)
     return encoded, COMPONENTS
 
@@ -52,6 +55,12 @@ def demo_model(make: bool = True) -> Path:
     return MODEL
 
 
+def _is_whole(encoded: Path) -> bool:
+    return all((encoded / name).exists() for name in ("dataset.json", SHARD))
+
+
 def _run(script: str, *arguments: object) -> None:
+    """Run an entry to its end; if this process is killed, so is it, and the next run does not meet it at work."""
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True, env=alone)
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    subprocess.run(command, check=True, env=alone, preexec_fn=die_with_parent)
