@@ -1,6 +1,6 @@
 # Each target sets up .venv first; nothing needs root. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup quick demo test slow bench lint clean
+.PHONY: help setup quick demo test bare slow bench lint clean
 SHELL := /bin/bash
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -39,6 +39,10 @@ demo: .venv/ready   ## the same line, long enough to learn something, at most 30
 
 test: .venv/ready   ## the tests CI runs, at most 12 minutes on 2 cores
 	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+bare: .venv/ready   ## those of them that use the machine's fonts or Tesseract, with these hidden
+	@env PATH="$(CURDIR)/.venv/bin" XDG_DATA_DIRS=/nonexistent XDG_DATA_HOME=/nonexistent \
+	  $(PY) -m pytest -m "machine and not slow" $(ARGS)
 
 slow: .venv/ready   ## the tests that take minutes each
 	@$(PY) -m pytest -m slow $(ARGS)

@@ -67,14 +67,19 @@ def find_faces(folders: tuple[Path, ...] | None = None) -> tuple[Face, ...]:
 
 
 def font_folders() -> tuple[Path, ...]:
-    """Where fonts lie: matplotlib's wheel first, then the system's folders that exist."""
+    """Where fonts lie: matplotlib's wheel first, then the system's folders that exist.
+
+    On Linux those are fonts/ in XDG_DATA_DIRS and XDG_DATA_HOME; set both elsewhere to do without the system's fonts.
+    """
     import matplotlib
 
     home = Path.home()
+    shared = os.environ.get("XDG_DATA_DIRS") or "/usr/share:/usr/local/share"
+    own = os.environ.get("XDG_DATA_HOME") or str(home / ".local/share")
     system = {
         "darwin": [Path("/System/Library/Fonts"), Path("/Library/Fonts"), home / "Library/Fonts"],
         "win32": [Path(os.environ.get("WINDIR", r"C:\Windows")) / "Fonts"],
-    }.get(sys.platform, [Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), home / ".local/share/fonts"])
+    }.get(sys.platform, [Path(folder) / "fonts" for folder in (*shared.split(":"), own) if folder])
     return tuple(f for f in [Path(matplotlib.get_data_path()) / "fonts/ttf", *system] if f.is_dir())
 
 

@@ -15,6 +15,8 @@ import skimage.transform
 import sklearn
 from PIL import Image, ImageEnhance, ImageFilter
 
+from data_pipeline.synthesis.fonts import font_folders
+
 COLOUR = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "china.jpg", "flower.jpg")
 GREY = ("camera.png", "coins.png", "brick.png", "grass.png", "gravel.png")
 Pixels = np.ndarray
@@ -255,7 +257,7 @@ def framed(pixels: Pixels, rng: np.random.Generator) -> Pixels:
 
 def han_font() -> Path:
     """A font with Chinese characters; skips the test where it is not installed."""
-    found = sorted(Path("/usr/share/fonts").rglob("wqy-microhei*"))
+    found = sorted(file for folder in font_folders() for file in folder.rglob("wqy-microhei*"))
     if not found:
         pytest.skip("no Chinese font: install fonts-wqy-microhei")
     return found[0]

@@ -20,6 +20,8 @@ from data_pipeline.filters.duplicates import find_duplicates, thumbnail
 from data_pipeline.filters.table import LABELS
 from data_pipeline.filters.view import View
 
+pytestmark = pytest.mark.machine
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 N = 130
 UNSEEN = ("ihc.png", "retina.jpg", "motorcycle_right.png", "moon.png")

@@ -13,6 +13,8 @@ from test_filters import RULES, view
 from data_pipeline.filters.table import FILTERS, LABELS
 from data_pipeline.filters.view import View
 
+pytestmark = pytest.mark.machine
+
 pytest.importorskip("rapidocr")
 pytestmark = pytest.mark.timeout(900)
 LATIN = Path(matplotlib.__file__).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"

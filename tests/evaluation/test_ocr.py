@@ -10,6 +10,8 @@ from evaluation import ocr
 from evaluation.ocr import Tesseract, found_share, score_text, similarity, units
 from evaluation.text_prompts import text_prompts
 
+pytestmark = pytest.mark.machine
+
 needs_tesseract = pytest.mark.skipif(shutil.which("tesseract") is None, reason="Tesseract is not installed")
 
 

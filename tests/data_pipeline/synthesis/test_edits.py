@@ -10,6 +10,8 @@ from data_pipeline.synthesis.picture import generator
 from data_pipeline.synthesis.scenes import read_places
 from data_pipeline.synthesis.shape_edits import ZONES, draw_edit
 
+pytestmark = pytest.mark.machine
+
 CORPUS, FACES, PLACES = read_corpus(), find_faces(), read_places()
 
 

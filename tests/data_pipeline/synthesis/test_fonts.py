@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib.ft2font import FT2Font
@@ -6,6 +9,8 @@ from data_pipeline.synthesis.corpus import Corpus, width_in_em
 from data_pipeline.synthesis.fonts import choose_face, find_faces, font_folders
 from data_pipeline.synthesis.picture import generator
 from data_pipeline.synthesis.pure import make
+
+pytestmark = pytest.mark.machine
 
 WHEEL = find_faces(font_folders()[:1])
 CUNEIFORM = "\U00012000"
@@ -17,6 +22,15 @@ def test_the_wheel_alone_serves_latin() -> None:
     assert all(face.covers("The quick brown fox, 0123456789!") for face in WHEEL)
     looks = {face.name: face.look for face in WHEEL}
     assert looks["DejaVu Serif Bold"] == "bold serif" and looks["DejaVu Sans Mono Oblique"] == "italic monospaced"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's folders are fixed")
+def test_fonts_are_looked_for_where_xdg_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a/fonts").mkdir(parents=True)
+    (tmp_path / "own/fonts").mkdir(parents=True)
+    monkeypatch.setenv("XDG_DATA_DIRS", f"{tmp_path}/a:{tmp_path}/none")
+    monkeypatch.setenv("XDG_DATA_HOME", f"{tmp_path}/own")
+    assert font_folders()[1:] == (tmp_path / "a/fonts", tmp_path / "own/fonts")
 
 
 def test_coverage_agrees_with_freetype() -> None:

@@ -13,6 +13,8 @@ from data_pipeline.synthesis.photos import read_views
 from data_pipeline.synthesis.picture import draw_size, generator
 from data_pipeline.synthesis.templates import draw_fields, read_templates
 
+pytestmark = pytest.mark.machine
+
 CORPUS, FACES, PLACES, VIEWS = read_corpus(), find_faces(), scenes.read_places(), read_views()
 TEMPLATES = read_templates()
 
@@ -34,22 +36,22 @@ def check_boxes(image: np.ndarray, blank: np.ndarray, lines, faint: int, slack: 
 
 @pytest.mark.parametrize("side", [64, 256])
 def test_boxes_of_pages_are_those_of_the_pixels(side: int) -> None:
-    seen = 0
-    for i in range(40):
-        rng = generator(0, i)
+    seen, i = 0, 0
+    while seen < 24:  # a passage that no font here covers, or that does not fit, gives no page
+        rng, i = generator(0, i), i + 1
         page, _ = pure.draw_page(rng, draw_size(rng, side), CORPUS, FACES)
         drawn = None if page is None else pure.render(page)
         if drawn is not None:
             blank, _ = pure.render(replace(page, text=""))
             check_boxes(drawn[0], blank, drawn[1].lines, faint=0, slack=1)
             seen += 1
-    assert seen >= 20
+    assert i <= 120
 
 
 def test_boxes_of_scenes_are_those_of_the_pixels() -> None:
-    seen = 0
-    for i in range(16):
-        rng = generator(1, i)
+    seen, i = 0, 0
+    while seen < 10:
+        rng, i = generator(1, i), i + 1
         scene = scenes.draw_scene(rng, 192, PLACES[rng.integers(len(PLACES))], CORPUS, FACES)
         drawn = None if scene is None else scenes.render(scene)
         if drawn is not None:
@@ -57,7 +59,7 @@ def test_boxes_of_scenes_are_those_of_the_pixels() -> None:
             assert no_lines == ()
             check_boxes(drawn[0], blank, drawn[1], faint=40, slack=3)
             seen += 1
-    assert seen >= 8
+    assert i <= 60
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)

@@ -10,6 +10,8 @@ from data_pipeline.synthesis.pure import make
 from data_pipeline.synthesis.read_back import is_common, missing_models, model_for, normalize, read
 from posttrain.rewards.ocr import edit_distance
 
+pytestmark = pytest.mark.machine
+
 FACES = find_faces()
 
 

@@ -15,6 +15,8 @@ from data_pipeline.shards import list_shards, read_raw
 from data_pipeline.synthesis.fonts import find_faces
 from data_pipeline.synthesis.kinds import KINDS, Recipe, parse_kinds
 
+pytestmark = pytest.mark.machine
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "data_pipeline/synthesize.py"
 ALL = "text,scene,layout,shapes,photo,edit,square-shapes"

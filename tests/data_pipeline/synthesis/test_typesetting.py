@@ -4,6 +4,8 @@ import pytest
 from data_pipeline.synthesis.fonts import find_faces
 from data_pipeline.synthesis.typesetting import Style, fit_passage, set_passage
 
+pytestmark = pytest.mark.machine
+
 FACES = find_faces()
 SANS = next(face for face in FACES if face.name == "DejaVu Sans Book")
 CHINESE = next((face for face in FACES if face.covers("中文")), None)
