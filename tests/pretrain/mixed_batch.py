@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from model.config import LoRAConfig, MMDiTConfig
 from model.lora import add_adapters
 from model.mmdit import MMDiT
 from model.ops import Ops, full_shape, local_shard
-from pretrain.objective import VelocityMSE
+from pretrain.objective import VelocityMSE, per_sample_mean
 from pretrain.randomness import Randomness
 
 CONFIG = MMDiTConfig(
@@ -62,11 +63,44 @@ def fill(model: nn.Module) -> nn.Module:
     return model
 
 
-def reference_gradients(build: Callable[..., nn.Module] = MMDiT) -> dict[str, Tensor]:
-    """Gradients of the mean loss of the batch by plain torch in one process."""
-    model = fill(build(CONFIG))
-    backward(model, samples())
+def reference_gradients(
+    build: Callable[..., nn.Module] = MMDiT, rounding: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Gradients of the mean loss of the batch by plain torch in one process, in fp64.
+
+    With `rounding`, each weight is changed by up to half a unit of fp32's last place, at random. The sinusoids of time
+    and of positions are constants here, in fp32 as everywhere.
+    """
+    model, batch = fill(build(CONFIG)).double(), samples()
+    if rounding is not None:
+        with torch.no_grad():
+            for param in model.parameters():
+                draw = 2 * torch.rand(param.shape, generator=rounding, dtype=param.dtype) - 1
+                param.mul_(1 + draw * 2**-24)
+    inputs = VelocityMSE().prepare(batch, Randomness(7), None, align=16)
+    with mock.patch("model.layers.norm_rotate", _norm_rotate):
+        output = model(inputs)
+    assert output.dtype == torch.float64
+    per_sample_mean((output - inputs.target) ** 2, inputs).mean().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def rounding_errors(build: Callable[..., nn.Module], exact: dict[str, Tensor], draws: int = 4) -> dict[str, float]:
+    """How far each tensor's gradient moves, at most, when all weights move by up to half a unit of their last place.
+
+    It is what rounding the weights to fp32 costs, however exact the arithmetic after that: a gradient whose terms
+    cancel moves far. Measured in fp64, so it is the same on every machine.
+    """
+    generator = torch.Generator().manual_seed(0)
+    moved = [reference_gradients(build, generator) for _ in range(draws)]
+    return {n: max((m[n] - e).abs().max().item() for m in moved) for n, e in exact.items()}
+
+
+def _norm_rotate(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:
+    """`model.rope.norm_rotate` in the precision of x."""
+    pairs = nn.functional.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(table.to(x.dtype))[:, None]
+    return torch.view_as_real(turned).flatten(-2)
 
 
 def backward(model: nn.Module, batch: list[EncodedSample]) -> float:
