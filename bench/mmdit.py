@@ -132,7 +132,7 @@ def models(config, dtype: str = "float32"):
     import torch
     from diffusers import QwenImageTransformer2DModel
 
-    from model.diffusers_names import to_diffusers
+    from model.diffusers_io.names import to_diffusers
     from model.mmdit import MMDiT
 
     torch.manual_seed(0)
@@ -252,7 +252,7 @@ def sampling(config, side: int, txt: int, steps: int = 20) -> Contestants:
 
     from model.flow import schedule
     from model.packing import patchify
-    from model.sampler import Condition, sample
+    from model.sampling.sampler import Condition, sample
 
     ours, theirs = models(config)
     noise, prompt, _ = Shape(txt, (1, side, side)).tensors(config)

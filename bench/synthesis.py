@@ -86,7 +86,7 @@ def read_back(config: Config):
     from data_pipeline.synthesis.pure import make
     from data_pipeline.synthesis.read_back import is_common, missing_models, model_for, normalize, read
     from data_pipeline.synthesis.typesetting import Style, set_passage
-    from posttrain.rewards.ocr import edit_distance
+    from rewards.ocr import edit_distance
 
     wanted = {case: [] for case in (("english", False), ("chinese", False), ("chinese", True), ("mixed", False))}
     for case in list(wanted):

@@ -12,8 +12,8 @@ from pathlib import Path
 try:
     from command_line import UserError, progress, run
     from data_pipeline.annotation import AGAIN, FUSED, QUESTION, Annotator, Splits
-    from data_pipeline.local_vlm import LocalConfig, LocalVLM
-    from evaluation.vlm_server import ChatServer, ServerConfig
+    from vlm.local import LocalConfig, LocalVLM
+    from vlm.server import ChatServer, ServerConfig
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 

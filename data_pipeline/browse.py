@@ -42,10 +42,10 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from data_pipeline.atomic import atomic_file
     from data_pipeline.page import render
     from data_pipeline.shards import list_shards
     from data_pipeline.tar_index import tar_index
+    from files import atomic_file
 
     shards = [config.data] if config.data.is_file() else list_shards(config.data)
     indices = [(shard, tar_index(shard)) for shard in shards]

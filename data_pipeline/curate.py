@@ -93,9 +93,9 @@ def score(curation, workers: int) -> None:
 
 def write_audit(curation, shards: dict) -> dict:
     """Write audit.json and audit.html; returns the audit."""
-    from data_pipeline.atomic import atomic_file, write_json
     from data_pipeline.audit import audit, audit_page
     from data_pipeline.shards import raw_picture
+    from files import atomic_file, write_json
 
     result = audit(curation.stages, shards, curation.tools)
     write_json(curation.out / "audit.json", result)

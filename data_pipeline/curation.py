@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.atomic import atomic_file
 from data_pipeline.filters import balance
 from data_pipeline.filters.duplicates import SIDE, find_duplicates, thumbnail
 from data_pipeline.filters.table import FILTERS, LABELS, NEEDS, SET_FILTERS
@@ -26,6 +25,7 @@ from data_pipeline.sample import RawSample
 from data_pipeline.shard_stage import ShardStage
 from data_pipeline.shards import Problem, read_raw, write_raw
 from data_pipeline.stages import Rule, Stage
+from files import atomic_file
 
 Place = tuple[str, int]
 """(shard, position in it)."""

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.atomic import atomic_file, write_json
 from data_pipeline.parallel import map_threads
 from data_pipeline.pictures import decode, fit
 from data_pipeline.sample import EncodedSample, Fingerprint, RawSample
 from data_pipeline.shards import OnProblem, Problem, read_raw, write_encoded
+from files import atomic_file, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

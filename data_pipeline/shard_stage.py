@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.atomic import remove_leftovers, write_json
 from data_pipeline.shards import Problem, list_shards
+from files import remove_leftovers, write_json
 
 Record = dict[str, Any]
 

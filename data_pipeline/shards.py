@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.atomic import atomic_file, remove_leftovers
 from data_pipeline.pictures import decode
 from data_pipeline.sample import EncodedSample, RawSample
 from data_pipeline.tar_index import Entry, read_member, scan, tar_index
+from files import atomic_file, remove_leftovers
 
 if TYPE_CHECKING:
     from PIL.Image import Image

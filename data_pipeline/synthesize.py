@@ -82,7 +82,7 @@ def _require_same(config: Config, fonts: dict[str, str]) -> None:
     """Note in the folder what it is made of; UserError if it was begun with other settings or other fonts."""
     import json
 
-    from data_pipeline.atomic import write_json
+    from files import write_json
 
     names = ("kinds", "count", "size", "seed", "corpus", "templates", "min_occurrences", "shard_size")
     wanted = {n: str(v) if isinstance(v := getattr(config, n), Path) else v for n in names}

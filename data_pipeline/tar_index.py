@@ -11,7 +11,7 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.atomic import atomic_file
+from files import atomic_file
 
 BLOCK = 512
 

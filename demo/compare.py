@@ -36,12 +36,12 @@ def main(config: Config) -> None:
     from diffusers import QwenImagePipeline
     from PIL import Image
 
-    from data_pipeline.atomic import write_json
     from demo.pictures import contact_sheet, data_uri
-    from evaluation.source import load
+    from files import write_json
     from model.packing import patchify
-    from model.sampler import sample
+    from model.sampling.sampler import sample
     from model.text_to_image import initial_noise
+    from training.source import load
 
     ours = load(config.checkpoint)
     theirs = QwenImagePipeline.from_pretrained(config.export)

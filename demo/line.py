@@ -19,8 +19,8 @@ from typing import Literal
 
 try:
     from command_line import UserError, die_with_parent, run
-    from data_pipeline.atomic import write_json
     from demo.recipes import RECIPES, Stage, stages
+    from files import write_json
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 

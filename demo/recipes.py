@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.recipes import TOY_SIDE_PX
+from training.demo_data import TOY_SIDE_PX
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,9 @@ def drawings(config: Config, samples: list):
     from PIL import Image
 
     from evaluation.prompts import shapes_prompts
-    from evaluation.source import load
     from posttrain.start import picture_side
-    from pretrain.engine.checkpoint import read_weights
+    from training.engine.checkpoint import read_weights
+    from training.source import load
 
     prompts = [s.meta["caption"] for s in spread(samples, config.captions)]
     if (config.line / "data" / "raw" / "synthesis.json").exists():
@@ -146,8 +146,8 @@ def main(config: Config) -> None:
         raise UserError(f"{config.line} holds no line yet; run `make quick` first")
     import jinja2
 
-    from data_pipeline.atomic import atomic_file
     from demo.pictures import contact_sheet, data_uri, decode, stack
+    from files import atomic_file
 
     samples, folder = raw_samples(config.line), config.line / "report"
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Literal
 try:
     from command_line import UserError, progress, run
     from evaluation.picture_measures import PictureWeights
-    from evaluation.vlm_server import ServerConfig
+    from vlm.server import ServerConfig
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -199,8 +199,8 @@ def _geneval(config: Config) -> list:
 
 def _judged_by_server(name: str, config: Config) -> list:
     from evaluation.vlm_prompts import vlm_prompts
-    from evaluation.vlm_server import ChatServer
     from evaluation.vlm_suite import VLMSuite
+    from vlm.server import ChatServer
 
     return [VLMSuite(name, vlm_prompts(name, config.prompts), ChatServer(config.server))]
 
@@ -227,8 +227,8 @@ def _source(name: str, config: Config):
     """The model, to be loaded when the first of its pictures is drawn."""
     import torch
 
-    from evaluation.fingerprint import fingerprint
     from evaluation.runner import Source
+    from training.fingerprint import fingerprint
 
     device = _device(config)
     kind = device.split(":")[0]
@@ -236,7 +236,7 @@ def _source(name: str, config: Config):
     area = min(1024 * 1024, config.height * config.width)
 
     def load():
-        from evaluation.source import load
+        from training.source import load
 
         return load(name, config.ema, config.components, device, getattr(torch, dtype), reference_area=area)
 

@@ -67,9 +67,9 @@ def _choose(config: LabelConfig) -> list[dict]:
 def _write_page(output: Path, items: list[dict]) -> None:
     import jinja2
 
-    from data_pipeline.atomic import atomic_file, write_json
     from data_pipeline.page import picture_uri
     from evaluation.runner import read_picture
+    from files import atomic_file, write_json
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "items.json", items)

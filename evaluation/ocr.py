@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from command_line import UserError
-from posttrain.rewards.ocr import edit_distance
+from rewards.ocr import edit_distance
 
 SMALL_SIDES, LARGE_SIDE = (224, 320, 768), 768
 """Shorter sides at which pictures are read: Tesseract wants letters neither too small nor too large."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.atomic import atomic_file, write_json
 from data_pipeline.page import picture_uri
 from evaluation.intervals import Estimate, Scores, difference, estimate
 from evaluation.runner import CONTROLS, Row, Source, SuiteRun, read_picture
+from files import atomic_file, write_json
 
 PAGE_PICTURES, PAGE_SIDE = 64, 256
 

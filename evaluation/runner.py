@@ -9,16 +9,16 @@ pictures don't depend on how many processes there are or on interruptions; a sec
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.atomic import atomic_file, write_json
 from evaluation.prompts import Prompt
 from evaluation.suites import Suite, generator, prompts_fingerprint
+from files import atomic_file, hash_files, write_json
 
 if TYPE_CHECKING:
     from evaluation.picture_measures import PictureMeasures
@@ -95,10 +95,10 @@ class SuiteRun:
     ):
         self.source, self.suite, self.prompts, self.sampling = source, suite, prompts, sampling
         self.measures = measures
-        code = hash_files(p for package in ("model", "vae") for p in (ROOT / package).glob("*.py"))
+        code = hash_files(p for package in ("model", "vae") for p in (ROOT / package).rglob("*.py"))
         drawn = [source.fingerprint, code, suite.name, prompts_fingerprint(prompts), asdict(sampling)]
         self.pictures = cache / f"{suite.name.replace('/', '-')}-{_hash(drawn)}"
-        judging = hash_files([*(ROOT / "evaluation").glob("*.py"), *(ROOT / "posttrain/rewards").glob("*.py")])
+        judging = hash_files([*(ROOT / "evaluation").glob("*.py"), *(ROOT / "rewards").glob("*.py")])
         judges = [suite.fingerprint, judging, None if measures is None else measures.fingerprint]
         self.rows = self.pictures / _hash(judges)
 
@@ -221,15 +221,6 @@ def _to_images(pictures: list[np.ndarray]) -> list[Any]:
     from PIL import Image
 
     return [Image.fromarray(p) for p in pictures]
-
-
-def hash_files(paths: Iterable[Path]) -> str:
-    """Hash of files' names and contents, whatever their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _hash(value: Any) -> str:

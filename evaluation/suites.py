@@ -72,7 +72,7 @@ def _outline_box(placed: shapes_world.Placed) -> tuple[float, float, float, floa
 
 def reward_objects(image: np.ndarray) -> Objects:
     """What the detector of the shapes reward finds."""
-    from posttrain.rewards.shapes import detect
+    from rewards.shapes import detect
 
     found = [(d.shape, Found(d.box, float(d.shape_p.max()), d.color)) for d in detect(image) if d.shape]
     return group(found, 0.5)
@@ -197,7 +197,7 @@ def _typeset(prompt: Prompt, size: tuple[int, int]) -> np.ndarray | None:
 
 
 def _reward_reader() -> Callable[[np.ndarray], str] | None:
-    from posttrain.rewards.ocr import OCRReward
+    from rewards.ocr import OCRReward
 
     try:
         reward = OCRReward()

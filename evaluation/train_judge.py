@@ -88,7 +88,7 @@ def _resume(net, optimizer, file: Path) -> int:
 def _save(tensors: dict, file: Path) -> None:
     from safetensors.torch import save
 
-    from data_pipeline.atomic import atomic_file
+    from files import atomic_file
 
     with atomic_file(file) as out:
         out.write(save({k: v.contiguous() for k, v in tensors.items()}))

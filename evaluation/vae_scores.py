@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from command_line import UserError
-from data_pipeline.atomic import write_json
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import list_shards, read_raw
 from data_pipeline.synthesis.kinds import Recipe
 from evaluation.ocr import Tesseract
 from evaluation.report import plain
-from evaluation.source import run_components, run_folder
 from evaluation.vae_suite import reconstruction_rows, summary
-from model.diffusers_folder import locate
+from files import write_json
+from model.diffusers_io.folder import locate
+from training.source import run_components, run_folder
 from vae.autoencoder import VAE
 
 PICTURES, SIDE, SEED = 96, 256, 20_250_802

@@ -12,13 +12,13 @@ import torch
 from evaluation.intervals import Scores, estimate
 from evaluation.prompts import shapes_prompts
 from evaluation.suites import ShapesSuite
-from model.sampler import Condition, sample
+from model.sampling.sampler import Condition, sample
 from model.text_to_image import PIXELS_PER_TOKEN, TextToImage, initial_noise, to_uint8
 
 if TYPE_CHECKING:
     from model.conditioner import Conditioner
-    from pretrain.engine.step import Engine
-    from pretrain.run_folder import RunFolder
+    from training.engine.step import Engine
+    from training.run_folder import RunFolder
 
 PROMPTS = 48
 TOKENS_PER_PACK = 1024
@@ -55,7 +55,7 @@ def score(
 
 @dataclass
 class Validation:
-    """Draws the first validation prompts with the moving average and logs their scores; a hook of `pretrain.loop`.
+    """Draws the first validation prompts with the moving average and logs their scores; a hook of `training.loop`.
 
     Data-parallel ranks share the pictures; the first process judges them.
     """

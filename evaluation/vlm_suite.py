@@ -15,7 +15,7 @@ import numpy as np
 from command_line import UserError
 from evaluation.prompts import Prompt
 from evaluation.suites import Rows
-from evaluation.vlm_server import ChatServer
+from vlm.server import ChatServer
 
 READINGS = 3
 """Times that an answer is asked for until it can be read."""

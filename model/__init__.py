@@ -1,1 +1,1 @@
-"""The MMDiT and its mathematics: pure torch, no process groups (see `pretrain/engine` for those)."""
+"""The MMDiT and its mathematics: pure torch, no process groups (see `training/engine` for those)."""

@@ -27,7 +27,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from evaluation.source import run_components, run_folder, whole_weights
+    from training.source import run_components, run_folder, whole_weights
 
     folder = run_folder(config.checkpoint)
     if folder is None:
@@ -40,7 +40,7 @@ def main(config: Config) -> None:
 
     import torch
 
-    from model.diffusers_folder import write_pipeline
+    from model.diffusers_io.folder import write_pipeline
 
     with progress(2, "export", "step") as bar:
         model_config, weights = whole_weights(config.checkpoint, config.ema)

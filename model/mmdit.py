@@ -20,7 +20,7 @@ from model.rope import rope_table
 class MMDiT(nn.Module):
     """Dual-stream diffusion transformer over packed batches.
 
-    `ops` supplies the layers: plain torch by default, Megatron / Transformer-Engine from `pretrain.engine.ops`.
+    `ops` supplies the layers: plain torch by default, Megatron / Transformer-Engine from `training.engine.ops`.
     Weights are uninitialised in a known way until `initialize` or a loader fills them.
     """
 

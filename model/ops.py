@@ -1,6 +1,6 @@
 """Ops: the factories an MMDiT is built from, so that one model file serves one process and a cluster alike.
 
-`Ops` here is the single-process set (plain torch). `pretrain/engine/ops.py` has the Megatron / Transformer-Engine
+`Ops` here is the single-process set (plain torch). `training/engine/ops.py` has the Megatron / Transformer-Engine
 set, in which a *column* layer holds a slice of the outputs (heads), a *row* layer a slice of the inputs, and token
 streams may be split over the tensor- and context-parallel ranks.
 

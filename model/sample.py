@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     import torch
     from PIL import Image
 
-    from evaluation.source import load
+    from training.source import load
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     dtype = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype

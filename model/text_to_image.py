@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.conditioner import Conditioner, fit_area
-from model.sampler import Condition, Velocity, sample
+from model.sampling.sampler import Condition, Velocity, sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image

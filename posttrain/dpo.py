@@ -15,8 +15,8 @@ try:
 
     from command_line import UserError, progress, run
     from posttrain.start import TOY, RunConfig, artist, begin, engine_defaults, picture_side, plan, resolve
-    from pretrain.engine.config import EngineConfig
-    from pretrain.loop import LoopConfig
+    from training.engine.config import EngineConfig
+    from training.loop import LoopConfig
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -67,10 +67,10 @@ def main(given: Config) -> None:
     from posttrain.objectives import DiffusionDPO
     from posttrain.preference import PairDataset, is_finished, list_judged
     from posttrain.prompts import read_prompts
-    from posttrain.rewards import WeightedRewards
-    from pretrain.loop import train
-    from pretrain.run_folder import RunFolder
-    from pretrain.samples import SampleHook
+    from rewards import WeightedRewards
+    from training.loop import train
+    from training.run_folder import RunFolder
+    from training.samples import SampleHook
     from vae.autoencoder import VAE
 
     encoded = config.pairs is not None and (config.pairs / "dataset.json").is_file()
@@ -111,7 +111,7 @@ def make_pairs(folder: Path, items: list, reward, config: Config, engine) -> Non
 
     from data_pipeline.encoding import Encoder
     from posttrain.preference import PairDrawing, encode_pair, write_pairs
-    from pretrain.randomness import Randomness
+    from training.randomness import Randomness
 
     painter = artist(engine, config.components)
     encoder = Encoder(painter.conditioner, painter.vae, config.size_px)

@@ -15,8 +15,8 @@ try:
 
     from command_line import UserError, run
     from posttrain.start import TOY, RunConfig, artist, begin, engine_defaults, picture_side, plan, resolve, sample_hook
-    from pretrain.engine.config import EngineConfig
-    from pretrain.loop import LoopConfig
+    from training.engine.config import EngineConfig
+    from training.loop import LoopConfig
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -82,10 +82,10 @@ def main(given: Config) -> None:
 
     from evaluation.validation import validations
     from posttrain.objectives import FlowGRPO
-    from posttrain.rewards import WeightedRewards
     from posttrain.rollout import Rollouts, random_steps
-    from pretrain.loop import train
-    from pretrain.run_folder import RunFolder
+    from rewards import WeightedRewards
+    from training.loop import train
+    from training.run_folder import RunFolder
 
     random_steps(config.sampling_steps, config.window, 0.0)  # refuses what does not fit before anything is written
     reward = WeightedRewards(config.rewards)

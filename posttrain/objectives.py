@@ -1,6 +1,6 @@
 """The objectives of post-training: direct preferences (DPO) and policy gradients (Flow-GRPO).
 
-Both follow the contract of `pretrain.objective`. Formulas and every reduction are stated in docs/posttraining.md.
+Both follow the contract of `training.objective`. Formulas and every reduction are stated in docs/posttraining.md.
 
 Shape legend: S samples of a microbatch, N target tokens, C channels of a token.
 """
@@ -16,8 +16,8 @@ from model.flow import interpolate, velocity
 from model.packing import ModelInputs, pack_inputs, patchify
 from posttrain.preference import Pair
 from posttrain.rollout import Transition
-from pretrain.objective import Frozen, Metrics, per_sample_mean
-from pretrain.randomness import Randomness
+from training.objective import Frozen, Metrics, per_sample_mean
+from training.randomness import Randomness
 
 
 def dpo_loss(errors: Tensor, reference_errors: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.atomic import write_json
 from data_pipeline.encoding import Encoder
 from data_pipeline.loader import EncodedDataset
 from data_pipeline.pictures import decode, fit
 from data_pipeline.sample import EncodedSample
 from data_pipeline.shards import shard_name, write_encoded
 from data_pipeline.tar_index import tar_index
-from model.sampler import sample
+from files import write_json
+from model.sampling.sampler import sample
 from model.text_to_image import PIXELS_PER_LATENT, TextToImage, to_uint8
 from posttrain.prompts import Prompt
-from pretrain.randomness import Randomness
+from training.randomness import Randomness
 
 if TYPE_CHECKING:
-    from posttrain.rewards import Reward
-    from pretrain.engine.step import Engine
+    from rewards import Reward
+    from training.engine.step import Engine
 
 ITEMS_PER_SHARD = 16
 """Prompts, or judged pairs, whose pairs are made and written together: what an interruption costs."""

@@ -1,7 +1,7 @@
 """Rollouts: pictures drawn with random steps, of which each keeps what a policy gradient needs.
 
-A trajectory is a chain of Gaussian steps x_k -> x_{k+1} (model/sampler.py), so its probability under any policy is
-known exactly: that makes a sampler of the flow into a policy (Flow-GRPO, arXiv 2505.05470). Latents and
+A trajectory is a chain of Gaussian steps x_k -> x_{k+1} (model/sampling/sampler.py), so its probability under any
+policy is known exactly: that makes a sampler of the flow into a policy (Flow-GRPO, arXiv 2505.05470). Latents and
 log-probabilities stay in fp32, and a step is trained in the very pack in which it was drawn: on an unchanged policy the
 ratio of probabilities is then one, up to what the kernels themselves cannot repeat.
 
@@ -20,16 +20,16 @@ from torch import Tensor
 from data_pipeline.loader import epoch_order
 from model.flow import schedule
 from model.packing import ModelInputs, patchify, token_size, unpatchify
-from model.sampler import SDE, Guidance, Velocity, log_prob, sde_moments
+from model.sampling.sampler import SDE, Guidance, Velocity, log_prob, sde_moments
 from model.text_to_image import PIXELS_PER_LATENT, TextToImage, to_uint8
 from posttrain.advantages import batch_std, group_advantages
 from posttrain.prompts import Prompt
-from pretrain.randomness import Randomness
+from training.randomness import Randomness
 
 if TYPE_CHECKING:
     from posttrain.objectives import FlowGRPO
-    from posttrain.rewards import Reward
-    from pretrain.engine.step import Engine
+    from rewards import Reward
+    from training.engine.step import Engine
 
 NOISE_SHARE = 0.1
 """Largest share of the clip range by which an unchanged policy's ratio may differ from 1."""

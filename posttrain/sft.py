@@ -13,10 +13,9 @@ try:
 
     from command_line import UserError, run
     from posttrain.start import TOY, RunConfig, begin, engine_defaults, picture_side, plan, resolve, trained_with
-    from pretrain.demo_data import FOLDER, MODEL
-    from pretrain.engine.config import EngineConfig
-    from pretrain.loop import LoopConfig
-    from pretrain.recipes import TOY_SIDE_PX
+    from training.demo_data import FOLDER, MODEL, TOY_SIDE_PX
+    from training.engine.config import EngineConfig
+    from training.loop import LoopConfig
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -49,10 +48,10 @@ def main(given: Config) -> None:
 
     from data_pipeline.loader import EncodedDataset, Loader
     from evaluation.validation import validations
-    from pretrain.loop import train
-    from pretrain.objective import VelocityMSE
-    from pretrain.run_folder import RunFolder
-    from pretrain.samples import SampleHook
+    from training.loop import train
+    from training.objective import VelocityMSE
+    from training.run_folder import RunFolder
+    from training.samples import SampleHook
     from vae.autoencoder import VAE
 
     dataset = EncodedDataset(config.data, mixed_resolutions=True)

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 from command_line import UserError, read_toml
-from pretrain.demo_data import COMPONENTS, MODEL, demo_model
-from pretrain.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
-from pretrain.loop import LoopConfig
-from pretrain.recipes import TOY_SIDE_PX, has_gpu
-from pretrain.run_folder import named_by
-from pretrain.starting_point import fill_weights, is_run, read_model_config
+from training.demo_data import COMPONENTS, MODEL, TOY_SIDE_PX, demo_model
+from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig, has_gpu
+from training.loop import LoopConfig
+from training.run_folder import named_by
+from training.starting_point import fill_weights, is_run, read_model_config
 
 if TYPE_CHECKING:
     from model.text_to_image import TextToImage
-    from pretrain.engine.step import Engine
-    from pretrain.run_folder import RunFolder
-    from pretrain.samples import SampleHook
+    from training.engine.step import Engine
+    from training.run_folder import RunFolder
+    from training.samples import SampleHook
 
 DIFFUSERS_SIDE_PX = 1024
 """Side of the pictures that a published model is post-trained on, unless told otherwise."""
@@ -74,7 +73,7 @@ def resolve(config: Config, stages_before: tuple[str, ...]) -> Config:
     """
     source = _noted(config) or config.init or _newest(stages_before) or demo_model(make=not config.dry_run)
     if is_run(source):
-        from pretrain.engine.checkpoint import resolve as newest_checkpoint
+        from training.engine.checkpoint import resolve as newest_checkpoint
 
         source = newest_checkpoint(source)
         components = config.components or trained_with(source).get("components")
@@ -83,7 +82,7 @@ def resolve(config: Config, stages_before: tuple[str, ...]) -> Config:
     elif source == MODEL:
         components = config.components or COMPONENTS
     else:
-        from model.diffusers_folder import locate
+        from model.diffusers_io.folder import locate
 
         components = config.components or locate(source)
     return replace(config, init=source, components=Path(components))
@@ -99,13 +98,13 @@ def plan(config: RunConfig) -> str:
 
 def begin(config: RunConfig, given: Path | None) -> "Engine":
     """The engine with its starting weights; says in one line, and notes in the run's folder, where they came from."""
-    from pretrain.engine.step import Engine
+    from training.engine.step import Engine
 
     engine = Engine(read_model_config(config.init), config.engine, config.loop.steps)
     if engine.rank == 0:
         print(f"{plan(config)}; {engine.world_size} {engine.device.type} process(es)", flush=True)
         if not (config.out / NOTE).exists():
-            from data_pipeline.atomic import write_json
+            from files import write_json
 
             config.out.mkdir(parents=True, exist_ok=True)
             write_json(config.out / NOTE, {"given": str(given or config.init), "source": str(config.init)})
@@ -133,7 +132,7 @@ def sample_hook(every: int, run: "RunFolder", painter: "TextToImage", texts: lis
 
     from data_pipeline.sample import EncodedSample
     from model.text_to_image import PIXELS_PER_LATENT
-    from pretrain.samples import SampleHook
+    from training.samples import SampleHook
 
     blank = torch.zeros(16, 1, size_px // PIXELS_PER_LATENT, size_px // PIXELS_PER_LATENT)
     prompts = [

@@ -5,7 +5,6 @@ tensor parallelism; batch sizes, lengths and learning rates of the 20B preset ar
 preset on a CPU, on the demo's pictures, at resolutions whose ratios are about the same.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -13,8 +12,9 @@ from typing import Literal
 import tyro
 
 from model.config import PRESETS, MMDiTConfig
-from pretrain.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
-from pretrain.loop import LoopConfig
+from training.demo_data import STEPS, TOY_SIDE_PX
+from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig, has_gpu
+from training.loop import LoopConfig
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,6 @@ class StageConfig:
         return TOY_SIDE_PX[self.res] if self.preset == "tiny" else self.res
 
 
-TOY_SIDE_PX = {256: 64, 640: 96, 1328: 128}
-
 _LARGE = EngineConfig(parallel=ParallelConfig(tp=4, sp=True), optimizer=OptimizerConfig(warmup_steps=2000))
 _TOY = EngineConfig(optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20), ema_decay=0.995)
 
@@ -74,7 +72,7 @@ STAGES: dict[int, StageConfig] = {
 TOYS: dict[int, StageConfig] = {
     res: replace(
         stage, preset="tiny", batch_size=32, max_tokens=4096, sample_every=100, validate_every=100, engine=_TOY,
-        loop=LoopConfig(steps=200, save_every=50),
+        loop=LoopConfig(STEPS, save_every=50),
     )
     for res, stage in STAGES.items()
 }  # fmt: skip
@@ -91,8 +89,3 @@ def recipe(res: int, preset: str | None = None) -> StageConfig:
         one_gpu = replace(_LARGE, parallel=ParallelConfig())
         return replace(STAGES[res], preset="small", batch_size=256, engine=one_gpu)
     return STAGES[res]
-
-
-def has_gpu() -> bool:
-    """Whether this machine seems to have an NVIDIA GPU; answers without importing torch."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))

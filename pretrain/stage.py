@@ -24,12 +24,12 @@ def main(config: StageConfig) -> None:
     config = with_data(config)
 
     from data_pipeline.loader import Loader
-    from pretrain.engine.checkpoint import list_checkpoints
-    from pretrain.engine.step import Engine
-    from pretrain.loop import train
-    from pretrain.objective import VelocityMSE
-    from pretrain.run_folder import RunFolder
-    from pretrain.starting_point import fill_weights
+    from training.engine.checkpoint import list_checkpoints
+    from training.engine.step import Engine
+    from training.loop import train
+    from training.objective import VelocityMSE
+    from training.run_folder import RunFolder
+    from training.starting_point import fill_weights
 
     dataset = open_data(config)
     engine = Engine(config.model, config.engine, config.loop.steps)
@@ -64,7 +64,7 @@ def with_data(config: StageConfig) -> StageConfig:
         return config
     if config.preset != "tiny":
         raise UserError(f"preset {config.preset} needs --data: encoded shards of data_pipeline/produce.py")
-    from pretrain.demo_data import demo_data
+    from training.demo_data import demo_data
 
     data, components = demo_data(config.side_px)
     return replace(config, data=(data,), components=config.components or components)
@@ -93,7 +93,7 @@ def hooks(config: StageConfig, engine, run_folder, dataset) -> list:
     if config.components is None:
         return []
     from evaluation.validation import validations
-    from pretrain.samples import SampleHook
+    from training.samples import SampleHook
     from vae.autoencoder import VAE
 
     vae = VAE.from_folder(config.components, engine.device).eval()

@@ -163,7 +163,7 @@ def test_checkpoint_of_another_config(tmp_path):
     from data_pipeline.shards import write_raw
     from model.conditioner import Conditioner, write_tiny_components
     from model.config import MMDiTConfig
-    from model.diffusers_folder import write_pipeline
+    from model.diffusers_io.folder import write_pipeline
     from model.mmdit import MMDiT
     from vae.autoencoder import VAE
     from vae.config import PRESETS

@@ -15,15 +15,15 @@ from data_pipeline.shards import read_raw, write_raw
 from data_pipeline.synthesis.shapes_world import prompt_of, render, sample_prompt
 from model.conditioner import Conditioner, write_tiny_components
 from model.config import PRESETS
-from model.diffusers_folder import write_pipeline
+from model.diffusers_io.folder import write_pipeline
 from model.mmdit import MMDiT
 from model.packing import token_size
-from model.sampler import Condition, sample
-from pretrain.engine.checkpoint import read_weights
-from pretrain.engine.config import EngineConfig, OptimizerConfig
-from pretrain.engine.step import Engine
-from pretrain.objective import VelocityMSE
-from pretrain.randomness import Randomness
+from model.sampling.sampler import Condition, sample
+from training.engine.checkpoint import read_weights
+from training.engine.config import EngineConfig, OptimizerConfig
+from training.engine.step import Engine
+from training.objective import VelocityMSE
+from training.randomness import Randomness
 from vae.autoencoder import VAE
 from vae.config import PRESETS as VAE_PRESETS
 

@@ -59,9 +59,9 @@ def main(config: Config) -> None:
         raise UserError("--raw needs folders of raw shards that the VAEs were not trained on")
     if config.dry_run:
         return
-    from data_pipeline.atomic import write_json
     from data_pipeline.shards import list_shards, read_raw
     from evaluation.ocr import Tesseract
+    from files import write_json
     from vae.autoencoder import VAE
 
     control, candidate = VAE.from_folder(config.control), VAE.from_folder(config.candidate)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Randomness(Protocol):
-    """Numbers that are a function of (seed, epoch, key, purpose), as `pretrain.randomness` has them."""
+    """Numbers that are a function of (seed, epoch, key, purpose), as `training.randomness` has them."""
 
     def uniform(self, key: str, epoch: int, purpose: str, shape: tuple[int, ...]) -> Tensor: ...
 

@@ -21,16 +21,15 @@ try:
     import tyro
 
     from command_line import UserError, run
-    from pretrain.engine.config import EngineConfig, OptimizerConfig
-    from pretrain.loop import LoopConfig
-    from pretrain.recipes import has_gpu
-    from pretrain.run_folder import RunFolder
+    from training.engine.config import EngineConfig, OptimizerConfig, has_gpu
+    from training.loop import LoopConfig
+    from training.run_folder import RunFolder
     from vae.config import PRESETS
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
 if TYPE_CHECKING:
-    from pretrain.engine.step import Engine
+    from training.engine.step import Engine
     from vae.crops import Crops
 
 
@@ -121,14 +120,14 @@ def main(config: Config) -> None:
         print(plan(config))
         return
     if not config.data:
-        from pretrain.demo_data import demo_pictures
+        from training.demo_data import demo_pictures
 
         config = replace(config, data=(demo_pictures(),))
 
     from data_pipeline.loader import Loader
-    from pretrain.engine.step import Engine
-    from pretrain.loop import train
-    from pretrain.randomness import Randomness
+    from training.engine.step import Engine
+    from training.loop import train
+    from training.randomness import Randomness
     from vae.objective import Reconstruction
     from vae.perceptual import perceptual
 
@@ -303,7 +302,7 @@ def finish(config: Config, start, dataset: Sources) -> None:
     """Write vae/ (and vae_video/) with the averaged weights; latent statistics only for a VAE trained from scratch."""
     import torch
 
-    from pretrain.engine.checkpoint import read_tensors, resolve
+    from training.engine.checkpoint import read_tensors, resolve
     from vae.latent_statistics import with_measured_statistics
 
     trained = read_tensors(resolve(config.out))

@@ -46,7 +46,7 @@ def attention(device, heads: int, dim: int, lengths: tuple[int, ...]) -> tuple:
     import torch
 
     from model.packing import Pack, SampleShape
-    from pretrain.engine.ops import attention_backend
+    from training.engine.ops import attention_backend
 
     pack = Pack.of([SampleShape(1, (1, 1, n - 1)) for n in lengths], align=1).to(device)
     inputs = tuple(torch.randn(3, sum(lengths), heads, dim, device=device, dtype=torch.bfloat16))

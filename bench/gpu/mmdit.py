@@ -35,7 +35,7 @@ def main(config: Config) -> None:
     from diffusers import QwenImageTransformer2DModel
 
     from model.config import PRESETS, MMDiTConfig
-    from model.diffusers_names import to_diffusers
+    from model.diffusers_io.names import to_diffusers
     from model.mmdit import MMDiT
     from model.packing import pack_inputs, patchify
 

@@ -18,10 +18,10 @@ from command_line import UserError
 from data_pipeline.annotation import FIELDS, UNANSWERED, Annotator, Splits, read_annotation
 from data_pipeline.filters.table import FILTERS, LABELS
 from data_pipeline.filters.view import View
-from data_pipeline.local_vlm import LocalConfig, LocalVLM
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import read_raw, shard_name, write_raw
 from data_pipeline.stages import REPORT
+from vlm.local import LocalConfig, LocalVLM
 
 GOOD = {
     "caption": 'A wooden sign that reads "OPEN" hangs on a green door. Morning light falls on it from the left.',

@@ -18,10 +18,10 @@ from data_pipeline.synthesis.kinds import Recipe
 from model.conditioner import Conditioner
 from model.config import PRESETS
 from model.text_to_image import TextToImage
-from pretrain.engine.config import EngineConfig, OptimizerConfig
-from pretrain.engine.step import Engine
-from pretrain.objective import VelocityMSE
-from pretrain.randomness import Randomness
+from training.engine.config import EngineConfig, OptimizerConfig
+from training.engine.step import Engine
+from training.objective import VelocityMSE
+from training.randomness import Randomness
 from vae.autoencoder import VAE
 
 PICTURE_AREA = 96 * 96

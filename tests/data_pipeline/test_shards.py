@@ -85,7 +85,7 @@ def test_what_a_killed_writer_left_is_removed_and_never_listed(tmp_path: Path):
     target = tmp_path / shard_name(0)
     killed = """if True:
         import os, pathlib, sys
-        from data_pipeline.atomic import atomic_file
+        from files import atomic_file
         with atomic_file(pathlib.Path(sys.argv[1])):
             os.kill(os.getpid(), 9)
     """

@@ -18,12 +18,12 @@ from evaluation.__main__ import Config, main
 from evaluation.runner import read_picture
 from model.conditioner import write_tiny_components
 from model.config import MMDiTConfig
-from model.diffusers_folder import write_pipeline
-from pretrain.engine.checkpoint import read_weights
-from pretrain.engine.config import EngineConfig, OptimizerConfig
-from pretrain.engine.step import Engine
-from pretrain.objective import VelocityMSE
-from pretrain.randomness import Randomness
+from model.diffusers_io.folder import write_pipeline
+from training.engine.checkpoint import read_weights
+from training.engine.config import EngineConfig, OptimizerConfig
+from training.engine.step import Engine
+from training.objective import VelocityMSE
+from training.randomness import Randomness
 from vae.autoencoder import VAE
 from vae.config import PRESETS
 

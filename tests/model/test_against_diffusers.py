@@ -17,7 +17,7 @@ from tiny_models import (
 )
 
 from model.config import PRESETS
-from model.diffusers_names import from_diffusers, to_diffusers
+from model.diffusers_io.names import from_diffusers, to_diffusers
 from model.mmdit import MMDiT
 from model.packing import patchify
 

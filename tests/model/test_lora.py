@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIG, EDIT_2511, case, diffusers_twin, gradients, random_model, relative, run_ours, run_theirs
 
 from model.config import LoRAConfig
-from model.diffusers_names import to_diffusers
+from model.diffusers_io.lora_files import read_adapters, write_adapters
+from model.diffusers_io.names import to_diffusers
 from model.lora import add_adapters, load_adapters, merge, split_adapters
-from model.lora_files import read_adapters, write_adapters
 
 EVERYWHERE = ("q", "k", "v", "out", "mlp_in", "mlp_out", "mod", "img_in", "txt_in", "proj", "linear_1", "linear_2")
 SAMPLE = dict(txt=7, size=(1, 4, 3), references=((1, 2, 3),))
@@ -153,7 +153,7 @@ def test_bad_input_is_named(tmp_path):
 
 def test_adapters_of_a_run_are_merged_when_it_is_read(tmp_path, monkeypatch):
     from command_line import UserError, write_toml
-    from evaluation.source import whole_weights
+    from training.source import whole_weights
 
     @dataclass(frozen=True)
     class Run:
@@ -162,7 +162,7 @@ def test_adapters_of_a_run_are_merged_when_it_is_read(tmp_path, monkeypatch):
     model, sample = random_model(), case(CONFIG, **SAMPLE)
     adapted(model, config := LoRAConfig(rank=4, alpha=6, rank_stabilised=True))
     state = {name: p.detach() for name, p in model.named_parameters()}
-    monkeypatch.setattr("pretrain.engine.checkpoint.read_weights", lambda source, ema: (CONFIG, state))
+    monkeypatch.setattr("training.engine.checkpoint.read_weights", lambda source, ema: (CONFIG, state))
     write_toml(Run(config), tmp_path / "config.toml")
     plain = random_model(seed=9)
     plain.load_state_dict(whole_weights(tmp_path)[1])

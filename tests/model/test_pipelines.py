@@ -12,11 +12,11 @@ from test_conditioner import PilProcessor, picture
 from tiny_models import CONFIG, random_model
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
-from evaluation.source import load
 from model.conditioner import Conditioner
-from model.diffusers_folder import load_transformer, locate, read_config, read_weights, write_pipeline
+from model.diffusers_io.folder import load_transformer, locate, read_config, read_weights, write_pipeline
 from model.mmdit import MMDiT
 from model.text_to_image import TextToImage, to_uint8
+from training.source import load
 from vae.autoencoder import VAE
 
 JOINT = replace(CONFIG, joint_attention_dim=128)

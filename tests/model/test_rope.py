@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import CONFIG, case, random_model, relative, run_ours
 
-from model.diffusers_folder import write_pipeline
+from model.diffusers_io.folder import write_pipeline
 from model.rope import apply_rope, norm_rotate, rope_table, sample_positions
 
 

@@ -8,7 +8,7 @@ from tiny_models import CONFIG, EDIT_2511, random_model, relative
 
 from model.flow import schedule
 from model.packing import patchify
-from model.sampler import Condition, Guidance, log_prob, sample, sde_moments
+from model.sampling.sampler import Condition, Guidance, log_prob, sample, sde_moments
 
 SIZES = [(4, 6), (8, 8), (4, 6), (2, 2)]
 

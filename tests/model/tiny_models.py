@@ -7,7 +7,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from model.config import MMDiTConfig
-from model.diffusers_names import to_diffusers
+from model.diffusers_io.names import to_diffusers
 from model.mmdit import MMDiT
 from model.packing import Size, pack_inputs, patchify, token_size
 

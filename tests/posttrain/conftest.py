@@ -1,23 +1,19 @@
 import multiprocessing
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "pretrain"))  # worlds: functions run as ranks of a gloo world
-
-from small_run import make_components, make_run  # noqa: E402
-from worlds import run_world  # noqa: E402
+from small_run import make_components, make_run
+from worlds import run_world
 
 # What an entry imports, imported once: the processes of a world are forked from one that has it.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     [
         "torch.utils.tensorboard",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-        "pretrain.engine.step",
-        "pretrain.samples",
+        "training.engine.step",
+        "training.samples",
         "posttrain.objectives",
-        "posttrain.rewards.shapes",
+        "rewards.shapes",
     ]
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from model.config import MMDiTConfig
-from pretrain.engine.config import EngineConfig, OptimizerConfig
+from training.engine.config import EngineConfig, OptimizerConfig
 
 CONFIG = MMDiTConfig(2, 2, 16, joint_attention_dim=128, axes_dims_rope=(4, 6, 6))
 SIZE_PX = 32
@@ -35,9 +35,9 @@ def make_run(rank: int, folder: Path, components: Path) -> None:
     from command_line import write_toml
     from data_pipeline.sample import EncodedSample
     from posttrain.flow_grpo import Config
-    from pretrain.engine.step import Engine
-    from pretrain.objective import VelocityMSE
-    from pretrain.randomness import Randomness
+    from training.engine.step import Engine
+    from training.objective import VelocityMSE
+    from training.randomness import Randomness
 
     engine = Engine(CONFIG, EngineConfig(optimizer=OptimizerConfig(lr=0.0)), 1)
     engine.load_weights(random_weights(engine.model.named_parameters()))

@@ -9,7 +9,7 @@ from model.config import MMDiTConfig
 from model.mmdit import MMDiT
 from posttrain.objectives import DiffusionDPO, dpo_loss
 from posttrain.preference import Pair, best_and_worst
-from pretrain.randomness import Randomness
+from training.randomness import Randomness
 
 CONFIG = MMDiTConfig(2, 2, 16, joint_attention_dim=8, in_channels=16, out_channels=4, axes_dims_rope=(4, 6, 6))
 

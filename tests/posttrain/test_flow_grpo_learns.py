@@ -34,10 +34,10 @@ def learn(rank: int, folder: Path, lr: float, kind: str, cfg_scale: float) -> tu
     from posttrain.objectives import FlowGRPO
     from posttrain.prompts import Prompt
     from posttrain.rollout import Rollouts
-    from pretrain.engine.config import EngineConfig, OptimizerConfig
-    from pretrain.engine.step import Engine
-    from pretrain.loop import LoopConfig, train
-    from pretrain.run_folder import RunFolder, read_metrics
+    from training.engine.config import EngineConfig, OptimizerConfig
+    from training.engine.step import Engine
+    from training.loop import LoopConfig, train
+    from training.run_folder import RunFolder, read_metrics
 
     settings = EngineConfig(optimizer=OptimizerConfig(lr=lr, warmup_steps=0))
     engine = Engine(CONFIG, settings, 25)

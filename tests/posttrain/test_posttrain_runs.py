@@ -8,9 +8,9 @@ import torch
 from small_run import run_entry
 from worlds import run_world, start
 
-from pretrain.engine.checkpoint import read_weights
-from pretrain.engine.config import EngineConfig, ParallelConfig
-from pretrain.run_folder import read_metrics
+from training.engine.checkpoint import read_weights
+from training.engine.config import EngineConfig, ParallelConfig
+from training.run_folder import read_metrics
 
 GRPO = {"prompts_per_update": 2, "group": 3, "sampling_steps": 4, "window": 0, "cfg_scale": 2.0, "beta": 0.01}
 DPO = {"num_pairs": 20, "pictures": 3, "sampling_steps": 3, "min_gap": 1e-5, "batch_size": 4}

@@ -9,10 +9,10 @@ from model.config import MMDiTConfig
 from model.flow import schedule
 from model.mmdit import MMDiT
 from model.packing import patchify
-from model.sampler import Condition, Guidance, sample
+from model.sampling.sampler import Condition, Guidance, sample
 from posttrain.objectives import FlowGRPO, clipped_ratio_loss
 from posttrain.rollout import random_steps, rollout
-from pretrain.randomness import Randomness
+from training.randomness import Randomness
 
 CONFIG = MMDiTConfig(2, 2, 16, joint_attention_dim=8, in_channels=16, out_channels=4, axes_dims_rope=(4, 6, 6))
 STEPS = 5

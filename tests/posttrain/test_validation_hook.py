@@ -13,9 +13,9 @@ def validate(rank: int, components: Path, init: Path, out: Path) -> np.ndarray:
     from small_run import CONFIG
 
     from evaluation.validation import validations
-    from pretrain.engine.config import EngineConfig
-    from pretrain.engine.step import Engine
-    from pretrain.run_folder import RunFolder
+    from training.engine.config import EngineConfig
+    from training.engine.step import Engine
+    from training.run_folder import RunFolder
     from vae.autoencoder import VAE
 
     engine = Engine(CONFIG, EngineConfig(), 1)

@@ -17,9 +17,9 @@ from worlds import run_world
 from command_line import from_dict, read_toml
 from data_pipeline.sample import EncodedSample
 from data_pipeline.shards import shard_name, write_encoded
-from pretrain.engine.checkpoint import list_checkpoints
 from pretrain.recipes import STAGES, StageConfig, recipe
-from pretrain.run_folder import read_metrics
+from training.engine.checkpoint import list_checkpoints
+from training.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

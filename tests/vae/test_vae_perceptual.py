@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTModel
 
-from pretrain.randomness import Randomness
+from training.randomness import Randomness
 from vae.autoencoder import PRESETS, VAE
 from vae.crops import Source
 from vae.objective import Reconstruction

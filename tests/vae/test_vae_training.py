@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import shard_name, write_raw
-from pretrain.randomness import Randomness
+from training.randomness import Randomness
 from vae.autoencoder import PRESETS, VAE
 from vae.crops import Source, draw_crop
 from vae.losses import balanced, kl

@@ -8,7 +8,7 @@ from data_pipeline.synthesis.fonts import find_faces
 from data_pipeline.synthesis.picture import generator
 from data_pipeline.synthesis.pure import make
 from data_pipeline.synthesis.read_back import is_common, missing_models, model_for, normalize, read
-from posttrain.rewards.ocr import edit_distance
+from rewards.ocr import edit_distance
 
 pytestmark = pytest.mark.machine
 

@@ -1,0 +1,252 @@
+"""The loop and the engine's steps: kills, signals, losses that are not finite, ends of data."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from mixed_batch import CONFIG, fill, samples
+from worlds import run_world, start
+
+from model.packing import ModelInputs
+from training.engine.checkpoint import list_checkpoints, read_weights
+from training.loop import LoopConfig
+from training.objective import VelocityMSE
+from training.run_folder import read_metrics
+
+
+@dataclass
+class Cycle:
+    """The mixed batch for ever (or `length` steps), epoch after epoch; a cursor like a loader's."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    length: int = 10**9
+    epoch: int = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> list:
+        if self.epoch == self.length:
+            raise StopIteration
+        self.epoch += 1
+        mine = samples(self.epoch)[self.dp_rank :: self.dp_size]
+        return [mine[:1], mine[1:]]
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch = state["epoch"]
+
+
+@dataclass
+class At:
+    """A hook that calls `action` at some steps."""
+
+    action: object
+    steps: tuple[int, ...]
+    every: int = 1
+    seen: list[int] = field(default_factory=list)
+
+    def __call__(self, engine, step: int) -> None:
+        self.seen.append(step)
+        if step in self.steps:
+            self.action()
+
+
+def train(folder: Path, config: LoopConfig, batches=None, hooks=(), objective=None, **settings) -> float:
+    """Run the loop in this process; returns the number of skipped steps."""
+    from training.engine.config import EngineConfig, OptimizerConfig
+    from training.engine.step import Engine
+    from training.loop import train
+    from training.run_folder import RunFolder
+
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=3, schedule="cosine")
+    engine = Engine(CONFIG, EngineConfig(optimizer=optimizer, ema_decay=0.9, **settings), config.steps)
+    fill(engine.model)
+    engine.weights_changed()
+    batches = batches or Cycle(engine.dp_rank, engine.dp_size)
+    train(engine, objective or VelocityMSE(), batches, config, RunFolder(folder, config, engine.rank == 0), hooks)
+    return engine.skipped
+
+
+def run_loop(rank: int, folder: Path, config: LoopConfig, *args) -> float:
+    return train(folder, config, *args)
+
+
+CONFIGURATION = LoopConfig(steps=14, save_every=3, keep=2, seed=3)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    for ema in (True, False):
+        x, y = read_weights(a, ema)[1], read_weights(b, ema)[1]
+        assert x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_world(1, run_loop, folder, CONFIGURATION)
+    return folder
+
+
+def test_a_run_killed_again_and_again_equals_one_that_was_not(undisturbed: Path, tmp_path: Path):
+    rng = random.Random(0)
+    for rows in (2, 5, 8, 11):  # killed soon after so many steps: in a step, in a save, between the two
+        process, _ = start(run_loop, 0, tmp_path, CONFIGURATION)
+        while process.is_alive() and count_rows(tmp_path) < rows:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        assert process.is_alive()
+        process.kill()
+        process.join()
+    run_world(1, run_loop, tmp_path, CONFIGURATION)
+    assert_same_run(undisturbed, tmp_path)
+
+
+def count_rows(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def interrupted_loop(rank: int, folder: Path, number: int, at: int) -> str:
+    def twice() -> None:  # as Ctrl-C under torchrun
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    try:
+        train(folder, CONFIGURATION, hooks=[At(twice, (at,))])
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run(undisturbed: Path, tmp_path: Path, number: int):
+    assert run_world(1, interrupted_loop, tmp_path, number, 6) == ["interrupted"]
+    assert list_checkpoints(tmp_path / "checkpoints")[0].name == "step_00000006"
+    assert count_rows(tmp_path) == 6
+    run_world(1, run_loop, tmp_path, CONFIGURATION)
+    assert_same_run(undisturbed, tmp_path)
+
+
+def loop_with_hook(rank: int, folder: Path, config: LoopConfig) -> list[int]:
+    hook = At(None, (), every=3)
+    train(folder, config, hooks=[hook])
+    return hook.seen
+
+
+def test_hooks_checkpoints_and_a_finished_run(tmp_path: Path):
+    config = replace(CONFIGURATION, steps=7, save_every=2, keep=3)
+    assert run_world(1, loop_with_hook, tmp_path, config) == [[3, 6, 7]]
+    names = [p.name for p in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step_00000007", "step_00000006", "step_00000004"]
+    assert run_world(1, loop_with_hook, tmp_path, config) == [[]]  # nothing is left to do
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert [round(row["lr"], 6) for row in rows[:3]] == [0.003333, 0.006667, 0.01]
+    assert {row["samples"] for row in rows} == {4.0} and {row["skipped"] for row in rows} == {0.0}
+
+
+def test_the_loop_ends_with_its_batches(tmp_path: Path):
+    run_world(1, run_loop, tmp_path, CONFIGURATION, Cycle(length=5))
+    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000005", "step_00000003"]
+    assert count_rows(tmp_path) == 5
+
+
+@dataclass(frozen=True)
+class Poisoned(VelocityMSE):
+    """The loss, or a gradient, of one sample of one epoch is not finite."""
+
+    epoch: int = 2
+    key: str = "sample-3"
+    where: str = "loss"
+
+    def loss(self, output, batch, inputs: ModelInputs):
+        if any(s.key == self.key and s.epoch == self.epoch for s in batch):
+            if self.where == "loss":
+                output = output * torch.nan
+            else:
+                output.register_hook(lambda grad: grad * torch.inf)
+        return super().loss(output, batch, inputs)
+
+
+def poisoned_steps(rank: int, where: str) -> tuple:
+    """Steps 1, 2 (poisoned), 3; and then the same without the second step ever having come."""
+    from training.engine.config import EngineConfig, OptimizerConfig
+    from training.engine.step import Engine
+    from training.randomness import Randomness
+
+    results = []
+    for epochs in ((1, 2, 3), (1, 3)):
+        engine = Engine(CONFIG, EngineConfig(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0), ema_decay=0.9))
+        fill(engine.model)
+        engine.weights_changed()
+        for epoch in epochs:
+            before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+            batch = [samples(epoch)[engine.dp_rank :: engine.dp_size]]
+            metrics = engine.step(Poisoned(where=where), batch, Randomness(0))
+            changed = any(not torch.equal(before[n], p) for n, p in engine.model.named_parameters())
+            assert changed == (epoch != 2)
+        averages = {n: w.clone() for n, w in engine.shards.gather(engine.ema.average)}
+        weights = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+        results.append((metrics["skipped"], weights, averages))
+    (skipped, *with_poison), (none, *without) = results
+    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(with_poison, without, strict=True)]
+    return skipped, none, same
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(where: str):
+    assert run_world(2, poisoned_steps, where) == [(1.0, 0.0, [True, True])] * 2
+
+
+def poisoned_loop(rank: int, folder: Path) -> float:
+    return train(folder, replace(CONFIGURATION, steps=3), objective=Poisoned())
+
+
+def test_metrics_stay_json_when_the_loss_does_not(tmp_path: Path):
+    assert run_world(1, poisoned_loop, tmp_path) == [1]
+    rows = [
+        json.loads(row, parse_constant=pytest.fail) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["loss"] is None for row in rows] == [False, True, False]
+    assert [row["skipped"] for row in rows] == [0.0, 1.0, 1.0]
+
+
+def bf16_loop(rank: int, folder: Path, steps: int) -> list:
+    """Losses of a run in bfloat16 and of the same in fp32."""
+    config = replace(CONFIGURATION, steps=steps)
+    for dtype in ("bfloat16", "float32"):
+        train(folder / dtype, config, dtype=dtype)
+    return [[row["loss"] for row in read_metrics(folder / dtype)] for dtype in ("bfloat16", "float32")]
+
+
+def test_bfloat16_keeps_fp32_masters_and_resumes_bit_for_bit(tmp_path: Path):
+    [(low, full)] = run_world(1, bf16_loop, tmp_path / "a", 8)
+    assert low != full and low == pytest.approx(full, rel=0.02)
+    weights, average = (read_weights(tmp_path / "a" / "bfloat16", ema)[1] for ema in (False, True))
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert average["img_in.weight"].dtype == torch.float32
+    checkpoints = list_checkpoints(tmp_path / "a" / "bfloat16" / "checkpoints")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "bfloat16" / "checkpoints" / checkpoints[0].name)
+    run_world(1, bf16_loop, tmp_path / "b", 8)
+    assert_same_run(tmp_path / "a" / "bfloat16", tmp_path / "b" / "bfloat16")
+
+
+def test_rows_of_another_run_are_refused(tmp_path: Path):
+    run_world(1, run_loop, tmp_path, replace(CONFIGURATION, steps=4))
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(rows[1:]))
+    with pytest.raises(AssertionError, match="does not hold one row for each of 4 steps"):
+        run_world(1, run_loop, tmp_path, CONFIGURATION)

@@ -1,0 +1,79 @@
+"""Settings of the engine. Imports no torch: `--help` reads it."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one model is spread over processes; what is left of the world is data parallel.
+
+    Raises ValueError for sizes that cannot be.
+    """
+
+    tp: int = 1
+    """Tensor-parallel size: every layer's heads are split over so many ranks."""
+    cp: int = 1
+    """Context-parallel size (Ulysses): tokens are split, heads are exchanged in attention."""
+    sp: bool = False
+    """Split the tokens between the tensor-parallel regions too (sequence parallelism); does nothing with tp 1."""
+
+    def __post_init__(self):
+        if self.tp < 1 or self.cp < 1:
+            raise ValueError(f"tensor- and context-parallel sizes must be positive, got tp {self.tp}, cp {self.cp}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (none on biases and norms) and its learning-rate schedule."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of the gradient of all parameters."""
+    warmup_steps: int = 100
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr_ratio: float = 0.1
+    """Cosine schedule: the last step's learning rate as a fraction of `lr`."""
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        """Learning rate of update `step`, counted from 0."""
+        from math import cos, pi
+
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        return self.lr * (self.final_lr_ratio + (1 - self.final_lr_ratio) * 0.5 * (1 + cos(pi * done)))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything about how steps are run; what is learnt from what is the objective's and the loader's business."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations; auto is bfloat16 on CUDA (masters, moments and reductions stay fp32), else float32."""
+    ema_decay: float = 0.999
+    """Decay of the weights' moving average; it ramps up as (1 + n) / (10 + n)."""
+    attention: Literal["auto", "sdpa", "flash", "te"] = "auto"
+    """auto: Transformer Engine if installed, else torch's flash kernel, on CUDA; SDPA elsewhere."""
+    compile: bool = False
+    """torch.compile every block."""
+    recompute: Literal["none", "selective", "block"] = "none"
+    """Recompute each block's activations in the backward pass instead of keeping them: selective keeps the results of
+    matrix products and attention, and recomputes norms, modulation, rotation and GELU; block recomputes all."""
+
+    def __post_init__(self):
+        if self.compile and self.recompute == "selective":
+            raise ValueError("compiled blocks recompute what is cheap anyway: use recompute none or block with compile")
+
+
+def has_gpu() -> bool:
+    """Whether this machine seems to have an NVIDIA GPU; answers without importing torch."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))

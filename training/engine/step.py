@@ -1,0 +1,247 @@
+"""Engine: one training step of any objective on Megatron's DDP and distributed optimizer.
+
+The gradient of a step is sum(loss sums) / sum(weights) over all microbatches and data-parallel ranks. Tensor- and
+context-parallel peers are given the same microbatches and compute the same loss.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from model.mmdit import MMDiT
+from model.ops import Ops, local_shard
+from training.ema import EMA
+from training.engine import adam, checkpoint, device, saving
+from training.engine.blocks import prepare_blocks
+from training.engine.config import EngineConfig
+from training.engine.ops import MegatronOps
+from training.engine.shards import Shards
+from training.objective import Objective
+from training.randomness import Randomness
+
+COMPILED_QUANTUM = 256
+"""Tokens that packs are rounded up to for compiled blocks, so that few shapes occur."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Engine:
+    """A model with everything that trains it, spread over the processes of this run.
+
+    `build(model_config, ops)` makes the model: by default an MMDiT; any module of plain layers will do without tensor
+    and context parallelism. `total_steps` is the run's length, for the learning-rate schedule. Fill the weights with
+    `initialize`, `load_weights`, `load_run` or `load` before the first step. Every method is collective: all ranks call
+    it with the same arguments, microbatches apart.
+    """
+
+    def __init__(
+        self,
+        model_config: Any,
+        config: EngineConfig,
+        total_steps: int = 1,
+        build: Callable[[Any, Ops], nn.Module] = MMDiT,
+    ):
+        self.model_config, self.config, self.total_steps = model_config, config, total_steps
+        self.layout = layout = device.start(config.parallel)
+        self.device, self.rank, self.world_size = layout.device, layout.rank, layout.world_size
+        self.dp_rank, self.dp_size = layout.dp_rank, layout.dp_size
+        dtype = config.dtype if config.dtype != "auto" else "bfloat16" if layout.device.type == "cuda" else "float32"
+        self.dtype = DTYPES[dtype]
+        self.ops = MegatronOps(layout, self.dtype, config.attention, COMPILED_QUANTUM if config.compile else 16)
+        self.align = self.ops.align
+        with device.megatron_region():
+            self.model = build(model_config, self.ops).to(self.device, self.dtype)
+            prepare_blocks(self.model, config.compile, config.recompute)
+            self._ddp, self.optimizer = self._wrap()
+        self.shards = Shards(self._ddp, self.optimizer)
+        self.ema = EMA(self.shards.masters(), config.ema_decay)
+        self.step_count = self.skipped = 0
+        self._copies: dict[str, dict[str, Tensor]] = {}
+
+    # Weights
+
+    def initialize(self, seed: int) -> None:
+        """Fill the weights at random, alike in every layout (see `MMDiT.initialize`)."""
+        self.model.initialize(seed)
+        self.weights_changed()
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill the weights from (name, whole tensor) pairs; ValueError names what is missing or unknown."""
+        params, seen = dict(self.model.named_parameters()), set()
+        for name, full in weights:
+            if name not in params:
+                raise ValueError(f"the model has no weight called {name}")
+            params[name].copy_(local_shard(params[name], full))
+            seen.add(name)
+        if missing := sorted(set(params) - seen):
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Say that weights were set from outside: masters follow, the average starts over, copies are dropped."""
+        self.optimizer.reload_model_params()
+        self.ema.reset()
+        self._copies.clear()
+
+    # Steps
+
+    def step(self, objective: Objective, microbatches: list[list[Any]], rng: Randomness) -> dict[str, float]:
+        """One update from this data-parallel rank's microbatches; returns metrics, equal on all ranks.
+
+        Metrics: the objective's (averages over the weight), `grad_norm` (before clipping), `lr`, `samples` (weight of
+        the step) and `skipped` (steps so far whose loss or gradient was not finite: such a step changes no weight).
+        """
+        totals = self.backward(objective, microbatches, rng)
+        return self.update(totals)
+
+    def backward(self, objective: Objective, microbatches: list[list[Any]], rng: Randomness) -> dict[str, float]:
+        """Sum the gradient over microbatches and ranks, unscaled; returns the summed `weight`, `loss` and metrics."""
+        if not microbatches:
+            raise ValueError("every rank needs at least one microbatch a step")
+        self._ddp.zero_grad_buffer()
+        totals: dict[str, Tensor] = {}
+        for i, batch in enumerate(microbatches):
+            inputs = moved(objective.prepare(batch, rng, self.frozen, self.align), self.device)
+            with nullcontext() if i == len(microbatches) - 1 else self._ddp.no_sync():
+                loss, weight, metrics = objective.loss(self._ddp(inputs), batch, inputs)
+                loss.backward()
+            for name, value in {**metrics, "_loss": loss.detach(), "_weight": weight}.items():
+                totals[name] = totals.get(name, 0) + torch.as_tensor(value, dtype=torch.float64, device=self.device)
+        with device.megatron_region():
+            self._ddp.finish_grad_sync()
+            self._sum_partial_gradients()
+        names = sorted(totals)
+        values = torch.stack([totals[n] for n in names])
+        dist.all_reduce(values, group=self.layout.dp_group)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def update(self, totals: dict[str, float]) -> dict[str, float]:
+        """Scale, clip and apply the gradient of `backward`; see `step` for what it returns."""
+        weight, loss = totals.pop("_weight"), totals.pop("_loss")
+        optimizer, settings = self.optimizer, self.config.optimizer
+        lr = settings.learning_rate(self.step_count, self.total_steps)
+        for group in optimizer.param_groups:
+            decay = settings.weight_decay * group["wd_mult"]
+            group.update(lr=lr, weight_decay=decay, betas=settings.betas, eps=settings.eps)
+        with device.megatron_region():
+            self._ddp.scale_gradients(1 / weight if weight else math.nan)
+            optimizer.prepare_grads()
+            grad_norm = optimizer.clip_grad_norm(settings.clip)
+            if self.any_rank(not (math.isfinite(loss) and math.isfinite(grad_norm))):
+                self.skipped += 1
+            else:
+                optimizer.step_with_ready_grads()
+                self.ema.update()
+                self._copies.pop("ema", None)
+        self.step_count += 1
+        means = {name: value / weight if weight else math.nan for name, value in totals.items()}
+        return {**means, "grad_norm": grad_norm, "lr": lr, "samples": weight, "skipped": float(self.skipped)}
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum over tensor-parallel ranks what each of them computed from its own heads or tokens."""
+        if self.layout.tp_size == 1:
+            return
+        grads = [
+            p.main_grad for p in self.model.parameters() if p.requires_grad and getattr(p, "tp_partial_grad", False)
+        ]
+        if grads:
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat, group=self.layout.tp_group)
+            for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(total.view_as(grad))
+
+    # Frozen copies
+
+    @torch.no_grad()
+    def frozen(self, name: str, inputs: Any) -> Tensor:
+        """Forward without gradient through "ema" or a copy taken by `snapshot`."""
+        if name not in self._copies:
+            if name != "ema":
+                raise ValueError(f"there is no frozen copy {name!r}; take it with engine.snapshot({name!r})")
+            self._copies["ema"] = {n: w.to(self.dtype) for n, w in self.shards.gather(self.ema.average)}
+        return functional_call(self.model, self._copies[name], (moved(inputs, self.device),))
+
+    @torch.no_grad()
+    def snapshot(self, name: str) -> None:
+        """Keep the present weights as frozen copy `name`, for example "reference"."""
+        self._copies[name] = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    # Checkpoints
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Write a checkpoint folder; `extra` is JSON that `load` gives back."""
+        saving.save(self, Path(folder), extra)
+
+    def save_step(self, checkpoints: Path, extra: dict[str, Any], keep: int) -> None:
+        """Write the checkpoint of this step below `checkpoints` and delete those older than the newest `keep`."""
+        self.save(checkpoint.step_folder(Path(checkpoints), self.step_count), extra)
+        if self.rank == 0:
+            checkpoint.prune(Path(checkpoints), keep)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restore weights, optimizer, average and counters, whatever layout saved them; returns `extra`."""
+        self._copies.pop("ema", None)
+        return saving.load(self, Path(folder))
+
+    def resume(self, checkpoints: Path) -> dict[str, Any] | None:
+        """Load the newest intact checkpoint below `checkpoints` and return its `extra`, or None if there is none."""
+        self._copies.pop("ema", None)
+        return saving.resume(self, Path(checkpoints))
+
+    def load_run(self, source: Path, ema: bool = True) -> None:
+        """Start from the (averaged) weights of another run's or checkpoint's folder."""
+        saving.load_weights_only(self, Path(source), ema)
+        self.weights_changed()
+
+    def close(self) -> None:
+        """Take down the process groups."""
+        device.stop()
+
+    def _wrap(self) -> tuple[DistributedDataParallel, DistributedOptimizer]:
+        adam.install()
+        settings, bf16 = self.config.optimizer, self.dtype == torch.bfloat16
+        sharding = dict(use_distributed_optimizer=True)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=self.layout.dp_cp_group.size() > 1, **sharding
+        )
+        ddp = DistributedDataParallel(self.ops.config, ddp_config, self.model)
+        if self.layout.dp_cp_group.size() == 1:
+            for group in ddp.bucket_groups:  # Megatron would copy all weights and gradients onto themselves
+                group.start_param_sync = group.start_grad_sync = lambda *args, **kwargs: None
+        optimizer_config = MegatronOptimizerConfig(
+            optimizer="adam", lr=settings.lr, weight_decay=settings.weight_decay, clip_grad=settings.clip,
+            adam_beta1=settings.betas[0], adam_beta2=settings.betas[1], adam_eps=settings.eps,
+            bf16=bf16, params_dtype=self.dtype, **sharding,
+        )  # fmt: skip
+        return ddp, get_megatron_optimizer(optimizer_config, [ddp]).chained_optimizers[0]
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass of tensors and things that can move, on `device`."""
+    if hasattr(value, "to"):
+        return value.to(device)
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{n: v.to(device) for n, v in fields.items() if hasattr(v, "to")})
+    return value

@@ -1,0 +1,134 @@
+"""The only training loop: batches in, steps, log, checkpoints. Pretraining, SFT, DPO and RL all run it.
+
+An algorithm is an iterator of batches and an objective. To resume a run, run the same command: the loop loads the
+newest intact checkpoint, which holds the batches' cursor, and goes on as if it had never stopped.
+"""
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from command_line import progress
+from training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from training.engine.step import Engine
+    from training.objective import Objective
+
+
+IMPATIENT_S = 3.0
+"""A signal that comes so long after the first one asks to stop at once."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length of a run and when it saves."""
+
+    steps: int = 1000
+    save_every: int = 500
+    """Steps between checkpoints; the last step and an interruption save too."""
+    keep: int = 2
+    """Newest checkpoints that stay."""
+    seed: int = 0
+    """Seed of noise, timesteps and dropout."""
+
+
+class Batches(Protocol):
+    """Yields this data-parallel rank's microbatches of a step; its cursor is JSON.
+
+    All ranks end together. An algorithm that makes its batches with the model being trained holds the engine itself.
+    """
+
+    def __next__(self) -> list[list[Any]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Hook(Protocol):
+    """Something done every so many steps and after the last, on all ranks: samples, validation."""
+
+    every: int
+
+    def __call__(self, engine: "Engine", step: int) -> None: ...
+
+
+def train(
+    engine: "Engine",
+    objective: "Objective",
+    batches: Batches,
+    config: LoopConfig,
+    run: RunFolder,
+    hooks: Sequence[Hook] = (),
+) -> None:
+    """Train until `config.steps` steps are done or `batches` end.
+
+    SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt; one that comes later does not wait.
+    """
+    from training.randomness import Randomness
+
+    rng = Randomness(config.seed)
+    cursor = engine.resume(run.checkpoints)
+    if cursor is not None:
+        batches.load_state_dict(cursor["batches"])
+    run.open(engine.step_count)
+    saved = engine.step_count if cursor is not None else None
+
+    with progress(config.steps, run.path.name, "step", engine.step_count) as bar, interruptions() as interrupted:
+        while engine.step_count < config.steps:
+            begin = time.perf_counter()
+            microbatches = next(batches, None)
+            if microbatches is None:
+                break
+            metrics = engine.step(objective, microbatches, rng)
+            step, last = engine.step_count, engine.step_count == config.steps
+            run.log(step, metrics, {"samples_per_second": metrics["samples"] / (time.perf_counter() - begin)})
+            bar.set_postfix(
+                {n: f"{metrics[n]:.4g}" for n in ("loss", "grad_norm", "lr") if n in metrics}, refresh=False
+            )
+            bar.update()
+            for hook in hooks:
+                if last or step % hook.every == 0:
+                    hook(engine, step)
+            stopping = engine.any_rank(interrupted())
+            if last or stopping or step % config.save_every == 0:
+                save(engine, batches, run, config.keep)
+                saved = step
+            if stopping and not last:
+                run.close()
+                raise KeyboardInterrupt
+    if saved != engine.step_count:
+        save(engine, batches, run, config.keep)
+    run.close()
+
+
+def save(engine: "Engine", batches: Batches, run: RunFolder, keep: int) -> None:
+    """Write a checkpoint of this moment and delete those older than the newest `keep`."""
+    run.sync()
+    engine.save_step(run.checkpoints, {"batches": batches.state_dict()}, keep)
+
+
+@contextmanager
+def interruptions() -> Iterator[Any]:
+    """A function that says whether SIGINT or SIGTERM came.
+
+    A further one raises KeyboardInterrupt at once, unless it comes within seconds: Ctrl-C reaches a worker of torchrun
+    twice, from the terminal and from torchrun.
+    """
+    received: list[float] = []
+
+    def handler(number: int, frame: Any) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] > IMPATIENT_S:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
