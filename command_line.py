@@ -28,8 +28,13 @@ class UserError(Exception):
     """Input that the user can mend; shown as one line. The message says what is wrong and what to do."""
 
 
-def run(main: Callable[[T], None], config: type[T] | T, description: str | None = None) -> None:
-    """Parse flags into the dataclass `config` (a type, or an instance whose values are the defaults) and call main.
+def run(
+    main: Callable[[T], None], config: type[T] | T | Callable[[list[str]], T], description: str | None = None
+) -> None:
+    """Parse flags into the dataclass `config` and call main.
+
+    `config` is a type, an instance whose values are the defaults, or a function that finds them from the words of the
+    command line.
 
     `--config FILE.toml` replaces the defaults; flags go on top. UserError, ValueError and OSError end as one line on
     stderr with exit status 2 (set DEBUG=1 for the traceback), Ctrl-C with 130.
@@ -37,8 +42,11 @@ def run(main: Callable[[T], None], config: type[T] | T, description: str | None 
     import tyro
 
     try:
-        defaults = config() if isinstance(config, type) else config
         argv, file = _take_config_flag(sys.argv[1:])
+        if isinstance(config, type):
+            defaults = config()
+        else:
+            defaults = config if dataclasses.is_dataclass(config) else config(argv)
         if file is not None:
             defaults = from_dict(type(defaults), read_toml(file), defaults, str(file))
         doc = description or sys.modules[main.__module__].__doc__
@@ -86,6 +94,38 @@ def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
     return argv, None
 
 
+def flag(argv: list[str], name: str) -> str | None:
+    """The value of a flag among the words of a command line, before they are parsed; None if it isn't there."""
+    values = [b for a, b in zip(argv, argv[1:], strict=False) if a == name]
+    values += [a.split("=", 1)[1] for a in argv if a.startswith(f"{name}=")]
+    return values[-1] if values else None
+
+
+def load_named(name: str) -> Any:
+    """What MODULE:NAME or FILE.py:NAME names. UserError if there is no such thing."""
+    import importlib
+    import importlib.util
+
+    place, _, attribute = name.rpartition(":")
+    if not place:
+        raise UserError(f"{name!r} should be MODULE:CLASS or FILE.py:CLASS")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise UserError(f"{place} does not exist")
+        spec = importlib.util.spec_from_file_location(f"user_{Path(place).stem}", place)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{name}: {error}") from None
+    if not hasattr(module, attribute):
+        raise UserError(f"{place} has no {attribute}")
+    return getattr(module, attribute)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as a dict; UserError if it isn't one."""
     try:
@@ -107,9 +147,10 @@ def write_toml(config: Any, path: Path) -> None:
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(tomli_w.dumps(plain(config)))
-    os.replace(temporary, path)
+    from files import atomic_file
+
+    with atomic_file(path) as file:
+        file.write(tomli_w.dumps(plain(config)).encode())
 
 
 def from_dict(cls: type[T], data: dict[str, Any], defaults: T | None = None, where: str = "config") -> T:

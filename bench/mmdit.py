@@ -250,20 +250,21 @@ def packed(samples: list[tuple], max_tokens: int) -> list[list[tuple]]:
 def sampling(config, side: int, txt: int, steps: int = 20) -> Contestants:
     import torch
 
-    from model.flow import schedule
     from model.packing import patchify
-    from model.sampling.sampler import Condition, sample
+    from model.sampling.draw import Request, Sampler
+    from model.sampling.guidance import Condition
+    from model.sampling.schedule import FixedSchedule, noise_levels
 
     ours, theirs = models(config)
     noise, prompt, _ = Shape(txt, (1, side, side)).tensors(config)
     empty = torch.randn(6, config.joint_attention_dim)
 
     def work_ours() -> None:
-        sample(ours, [Condition(prompt, empty)], [noise], steps=steps)
+        Sampler(FixedSchedule(steps)).draw(ours, [Request(Condition(prompt, empty), noise)])
 
     @torch.no_grad()
     def work_theirs() -> None:  # the loop of QwenImagePipeline.__call__
-        x, sigmas = patchify(noise)[None], schedule(steps, side * side)
+        x, sigmas = patchify(noise)[None], noise_levels(steps, side * side)
         common = dict(img_shapes=[[(1, side, side)]], return_dict=False)
         for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
             t = sigma.expand(1)

@@ -39,16 +39,15 @@ def main(config: Config) -> None:
     from demo.pictures import contact_sheet, data_uri
     from files import write_json
     from model.packing import patchify
-    from model.sampling.sampler import sample
-    from model.text_to_image import initial_noise
-    from training.source import load
+    from model.sampling.draw import Sampler
+    from model.sampling.schedule import FixedSchedule
+    from training.loading import load
 
-    ours = load(config.checkpoint)
+    ours = load(config.checkpoint, sampler=Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale))
     theirs = QwenImagePipeline.from_pretrained(config.export)
     theirs.set_progress_bar_config(disable=True)
     size = (config.height, config.width)
-    noise = [initial_noise(size, seed) for seed in range(len(PROMPTS))]
-    latents = sample(ours.velocity, ours.encode(PROMPTS), noise, steps=config.steps, cfg_scale=config.cfg_scale)
+    latents = ours.latents(ours.requests(PROMPTS, [size] * len(PROMPTS), list(range(len(PROMPTS)))))
     worst, drawn = {"latents": 0.0, "pixels": 0.0}, ([], [])
     for seed, (prompt, latent) in enumerate(zip(PROMPTS, latents, strict=True)):
 

@@ -108,20 +108,22 @@ def drawings(config: Config, samples: list):
     from PIL import Image
 
     from evaluation.prompts import shapes_prompts
-    from posttrain.start import picture_side
+    from model.sampling.draw import Sampler
+    from model.sampling.schedule import FixedSchedule
     from training.engine.checkpoint import read_weights
-    from training.source import load
+    from training.loading import load
+    from training.source import look
 
     prompts = [s.meta["caption"] for s in spread(samples, config.captions)]
     if (config.line / "data" / "raw" / "synthesis.json").exists():
         prompts += [p.text for p in shapes_prompts("validation")[: config.held_out]]
     seeds = list(range(len(prompts)))
-    painter = load(runs[models[0]])
+    painter = load(runs[models[0]], sampler=Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale))
     rows = []
     for name in models:
         painter.velocity.load_state_dict(read_weights(runs[name])[1])
-        side = picture_side(None, runs[name])
-        images = painter.generate(prompts, [(side, side)] * len(prompts), seeds, config.steps, config.cfg_scale)
+        side = look(runs[name]).side_px()
+        images = painter.generate(prompts, [(side, side)] * len(prompts), seeds)
         rows.append([Image.fromarray(image) for image in images])
     return rows, models, prompts
 

@@ -228,7 +228,7 @@ def _source(name: str, config: Config):
     import torch
 
     from evaluation.runner import Source
-    from training.fingerprint import fingerprint
+    from training.loading import fingerprint
 
     device = _device(config)
     kind = device.split(":")[0]
@@ -236,9 +236,14 @@ def _source(name: str, config: Config):
     area = min(1024 * 1024, config.height * config.width)
 
     def load():
-        from training.source import load
+        from model.sampling.draw import Sampler
+        from model.sampling.schedule import FixedSchedule
+        from training.loading import load
 
-        return load(name, config.ema, config.components, device, getattr(torch, dtype), reference_area=area)
+        sampler = Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale)
+        return load(
+            name, config.ema, config.components, device, getattr(torch, dtype), sampler=sampler, reference_area=area
+        )
 
     return Source(name, fingerprint(name, config.ema, config.components, f"{kind} {dtype}"), load)
 

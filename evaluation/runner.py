@@ -19,10 +19,10 @@ import numpy as np
 from evaluation.prompts import Prompt
 from evaluation.suites import Suite, generator, prompts_fingerprint
 from files import atomic_file, hash_files, write_json
+from model.generator import Generator
 
 if TYPE_CHECKING:
     from evaluation.picture_measures import PictureMeasures
-    from model.text_to_image import TextToImage
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES_PER_BATCH = 16
@@ -63,12 +63,12 @@ class Row:
 class Source:
     """A model that may have to be loaded: `load()` is called when the first picture is to be drawn."""
 
-    def __init__(self, name: str, fingerprint: str, load: "Callable[[], TextToImage]"):
+    def __init__(self, name: str, fingerprint: str, load: Callable[[], Generator]):
         self.name, self.fingerprint, self._load = name, fingerprint, load
-        self._maker: TextToImage | None = None
+        self._maker: Generator | None = None
 
     @property
-    def maker(self) -> "TextToImage":
+    def maker(self) -> Generator:
         """The loaded model."""
         if self._maker is None:
             self._maker = self._load()
@@ -157,8 +157,6 @@ class SuiteRun:
                 [p.text for p, _ in wanted],
                 [self.sampling.size] * len(wanted),
                 [picture_seed(p, self.sampling, j) for p, j in wanted],
-                self.sampling.steps,
-                self.sampling.cfg_scale,
                 [sources[p.id] for p, _ in wanted],
             )
             for (prompt, j), image in zip(wanted, drawn, strict=True):
@@ -172,25 +170,13 @@ class SuiteRun:
     ) -> Iterator[tuple[str, list[list[np.ndarray]]]]:
         size = self.sampling.size
         truths = [self.suite.truth(p, size) for p in batch]
-        trips = [[] if t is None else [round_trip(self.source.maker, t)] for t in truths]
-        yield "ceiling", trips
+        reconstruct = getattr(self.source.maker, "reconstruct", None)
+        yield "ceiling", [[] if t is None or reconstruct is None else [reconstruct(t)] for t in truths]
         yield "blank", [[np.full((*size, 3), generator(p, "blank").integers(0, 256, 3), np.uint8)] for p in batch]
         others = [self.suite.other(p, size) for p in batch]
         rotated = images[1:] + images[:1]
         alone = len(batch) == 1
         yield "other", [[o] if o is not None else [] if alone else [r[0]] for o, r in zip(others, rotated, strict=True)]
-
-
-def round_trip(maker: "TextToImage", picture: np.ndarray) -> np.ndarray:
-    """A picture through the model's VAE and back."""
-    import torch
-
-    from model.text_to_image import to_uint8
-
-    pixels = torch.from_numpy(picture.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None, :, None]
-    with torch.no_grad():
-        latent = maker.vae.encode_latent(pixels.to(maker.device))
-        return to_uint8(maker.decode(latent[0].float()))
 
 
 def diversity(pictures: list[np.ndarray]) -> float:

@@ -15,8 +15,7 @@ from evaluation.ocr import Tesseract
 from evaluation.report import plain
 from evaluation.vae_suite import reconstruction_rows, summary
 from files import write_json
-from model.diffusers_io.folder import locate
-from training.source import run_components, run_folder
+from training.source import look
 from vae.autoencoder import VAE
 
 PICTURES, SIDE, SEED = 96, 256, 20_250_802
@@ -46,9 +45,7 @@ def measure_vae(
 
 
 def _components(source: str) -> Path:
-    if run := run_folder(source):
-        return run_components(run)
-    return Path(source) if (Path(source) / "vae").is_dir() else locate(source)
+    return Path(source) if (Path(source) / "vae").is_dir() else look(source).components()
 
 
 def _pictures(raw: Path | None) -> Iterator[RawSample]:

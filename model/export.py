@@ -27,12 +27,12 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from training.source import run_components, run_folder, whole_weights
+    from training.source import look
 
-    folder = run_folder(config.checkpoint)
-    if folder is None:
-        raise UserError(f"{config.checkpoint} is no run folder and no checkpoint in one (no config.toml)")
-    components = config.components or run_components(folder)
+    source = look(config.checkpoint)
+    if not source.is_ours:
+        raise UserError(f"{config.checkpoint} is no run folder and no checkpoint in one")
+    components = config.components or source.components()
     kind = f"{'averaged' if config.ema else 'raw'} weights, {config.dtype}"
     print(f"{config.checkpoint} ({kind}) + {components} -> {config.output}")
     if config.dry_run:
@@ -41,6 +41,7 @@ def main(config: Config) -> None:
     import torch
 
     from model.diffusers_io.folder import write_pipeline
+    from training.loading import whole_weights
 
     with progress(2, "export", "step") as bar:
         model_config, weights = whole_weights(config.checkpoint, config.ema)

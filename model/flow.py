@@ -10,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-SHIFT_TERMINAL = 0.02
 BASE_TOKENS, MAX_TOKENS, BASE_SHIFT, MAX_SHIFT = 256, 8192, 0.5, 0.9
 
 
@@ -39,23 +38,6 @@ def shift_sigma(sigma: Tensor, mu: float | Tensor) -> Tensor:
     """Move noise levels towards 1: exp(mu) / (exp(mu) + 1/sigma - 1) (SD3, arXiv 2403.03206, Eq. 23)."""
     e = torch.exp(torch.as_tensor(mu, dtype=sigma.dtype))
     return e * sigma / (1 + (e - 1) * sigma)
-
-
-def schedule(steps: int, image_tokens: int) -> Tensor:
-    """The scheduler's noise levels, fp32 [steps + 1], from 1 to 0, for a picture of `image_tokens` target tokens.
-
-    Linear in sigma, shifted by `resolution_mu`, stretched to end at .02 before the final 0. Equal to
-    FlowMatchEulerDiscreteScheduler with Qwen-Image's settings. Raises ValueError for fewer than 2 steps, where the
-    stretch is 0 / 0.
-    """
-    if steps < 2:
-        raise ValueError(f"sampling needs at least 2 steps, got {steps} (the schedule's stretch is 0/0 with one)")
-    sigma = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64)
-    mu = resolution_mu(image_tokens)
-    sigma = math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
-    one_minus = 1 - sigma
-    sigma = 1 - one_minus * ((1 - SHIFT_TERMINAL) / one_minus[-1])
-    return torch.cat([sigma, sigma.new_zeros(1)]).float()
 
 
 def logit_normal(z: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -219,16 +219,11 @@ class ModelInputs:
     sigma: Tensor
     """[S] noise level of each sample in [0, 1]; 1 is pure noise."""
     pack: Pack
-    target: Tensor | None = None
-    """[n_target, C] what an objective compares the output with; unused by the model."""
-    weight: Tensor | None = None
-    """[S] what an objective needs a sample for; unused by the model."""
     sigma_row: tuple[int, ...] | None = None
     """The row of `sigma` that each sample has (default: its own), so that samples at one noise level share a row."""
 
     def to(self, device: torch.device | str) -> "ModelInputs":
-        tensors = ("img", "txt", "sigma", "target", "weight")
-        moved = {name: x.to(device) for name in tensors if (x := getattr(self, name)) is not None}
+        moved = {name: getattr(self, name).to(device) for name in ("img", "txt", "sigma")}
         return replace(self, pack=self.pack.to(device), **moved)
 
 

@@ -1,6 +1,5 @@
 """Draw pictures for prompts given at the command line, from a run, a checkpoint or a diffusers folder."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,21 +53,26 @@ def main(config: Config) -> None:
     import torch
     from PIL import Image
 
-    from training.source import load
+    from files import atomic_file
+    from model.sampling.draw import Sampler
+    from model.sampling.schedule import FixedSchedule
+    from training.loading import load
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     dtype = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
-    maker = load(config.checkpoint, config.ema, config.components, device, getattr(torch, dtype))
+    sampler = Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale)
+    maker = load(
+        config.checkpoint, config.ema, config.components, device, getattr(torch, dtype), sampler=sampler,
+        negative_prompt=config.negative_prompt,
+    )  # fmt: skip
     images = [Image.open(p) for p in config.image]
     config.output.mkdir(parents=True, exist_ok=True)
     with progress(len(config.prompt), "draw", "picture") as bar:
         for i, prompt in enumerate(config.prompt):
             size = (config.height, config.width)
-            (picture,) = maker.generate(
-                [prompt], [size], [config.seed + i], config.steps, config.cfg_scale, [images], config.negative_prompt
-            )
-            Image.fromarray(picture).save(config.output / ".tmp.png")
-            os.replace(config.output / ".tmp.png", config.output / f"{i}.png")
+            (picture,) = maker.generate([prompt], [size], [config.seed + i], [images])
+            with atomic_file(config.output / f"{i}.png") as file:
+                Image.fromarray(picture).save(file, "PNG")
             bar.update()
     print(f"wrote {config.output}/0.png" + (f" … {len(config.prompt) - 1}.png" if len(config.prompt) > 1 else ""))
 

@@ -1,7 +1,6 @@
 """Prompt (and pictures) to picture: condition encoder, MMDiT and VAE composed."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.conditioner import Conditioner, fit_area
-from model.sampling.sampler import Condition, Velocity, sample
+from model.sampling.draw import Request, Sampler, Velocity
+from model.sampling.guidance import Condition
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,65 +20,59 @@ PIXELS_PER_TOKEN = 16
 
 @dataclass
 class TextToImage:
-    """Draws pictures. A picture is a function of its own prompt, pictures, size and seed, whatever else is drawn."""
+    """A `Generator` of pictures by the flow."""
 
     velocity: Velocity
     conditioner: Conditioner
+    """Or anything with its `encode`."""
     vae: Any
     """A `vae.autoencoder.VAE`, or anything with its `encode_latent` and `decode_latent`."""
     device: torch.device | str = "cpu"
     """Where `velocity` and `vae` live."""
+    sampler: Sampler = field(default_factory=Sampler)
     reference_area: int = 1024 * 1024
     """Pixels that a picture to edit is resized to before the VAE sees it."""
-    tokens_per_pack: int = 16384
-    """Pictures run together up to so many tokens."""
-    align: int = 16
+    negative_prompt: str = " "
 
     def generate(
         self,
         prompts: list[str],
         sizes_px: list[tuple[int, int]],
         seeds: list[int],
-        steps: int = 50,
-        cfg_scale: float = 4.0,
         images: "list[list[Image]] | None" = None,
-        negative_prompt: str = " ",
     ) -> list[np.ndarray]:
         """Pictures [H, W, 3] uint8 of `sizes_px` (height, width), multiples of 16; `images` are pictures to edit.
 
         Equal to diffusers' pipelines with `generator=torch.Generator().manual_seed(seed)`.
         """
-        latents = self.draw(prompts, sizes_px, seeds, steps, cfg_scale, images, negative_prompt)
-        return [to_uint8(self.decode(latent)) for latent in latents]
+        return self.pictures(self.requests(prompts, sizes_px, seeds, images))
 
-    def draw(
+    def requests(
         self,
         prompts: list[str],
         sizes_px: list[tuple[int, int]],
         seeds: list[int],
-        steps: int = 50,
-        cfg_scale: float = 4.0,
         images: "list[list[Image]] | None" = None,
-        negative_prompt: str = " ",
-    ) -> list[Tensor]:
-        """Latents [16, 1, H/8, W/8] of the pictures that `generate` decodes."""
+    ) -> list[Request]:
+        """What `generate` draws from: every prompt encoded once."""
         noise = [initial_noise(size, seed) for size, seed in zip(sizes_px, seeds, strict=True)]
-        conditions = self.encode(prompts, images, negative_prompt if cfg_scale > 1 else None)
-        latents = []
-        for batch in self._batches(conditions, noise):
-            start = [noise[i].to(self.device) for i in batch]
-            latents += sample(self.velocity, [conditions[i] for i in batch], start, steps, cfg_scale, self.align)
-        return latents
+        return [Request(c, n) for c, n in zip(self.encode(prompts, images), noise, strict=True)]
 
-    def encode(
-        self, prompts: list[str], images: "list[list[Image]] | None" = None, negative_prompt: str | None = " "
-    ) -> list[Condition]:
-        """Conditions of the prompts, with those of the negative prompt (if any) and the latents of the pictures."""
+    def pictures(self, requests: list[Request]) -> list[np.ndarray]:
+        """uint8 pictures [H, W, 3] of requests."""
+        return [to_uint8(self.decode(latent)) for latent in self.latents(requests)]
+
+    def latents(self, requests: list[Request]) -> list[Tensor]:
+        """Latents [16, 1, H/8, W/8] of requests."""
+        return self.sampler.draw(self.velocity, requests).latents
+
+    def encode(self, prompts: list[str], images: "list[list[Image]] | None" = None) -> list[Condition]:
+        """Conditions of the prompts, with those of the negative prompt under guidance and the latents of pictures."""
         images = images or [[] for _ in prompts]
         texts = self.conditioner.encode(prompts, images)
         negatives = [None] * len(prompts)
-        if negative_prompt is not None:
-            negatives = self.conditioner.encode([negative_prompt] * len(prompts), images)
+        if self.sampler.cfg_scale > 1:
+            negatives = self.conditioner.encode([self.negative_prompt] * len(prompts), images)
         move = lambda t: None if t is None else t.to(self.device)  # noqa: E731
         return [
             Condition(move(txt), move(negative), tuple(map(self.encode_reference, pictures)))
@@ -91,27 +85,22 @@ class TextToImage:
         from PIL.Image import Resampling
 
         resized = picture.convert("RGB").resize(fit_area(*picture.size, self.reference_area), Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255).permute(2, 0, 1)[None, :, None]
-        return self.vae.encode_latent((2 * pixels - 1).to(self.device))[0].float()
+        return self.vae.encode_latent(_pixels(np.asarray(resized)).to(self.device))[0].float()
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """Picture [3, H, W] in [-1, 1], fp32, of a latent [16, 1, h, w]."""
         return self.vae.decode_latent(latent[None])[0, :, 0].float()
 
-    def _batches(self, conditions: list[Condition], noise: list[Tensor]) -> Iterator[list[int]]:
-        """Consecutive pictures that fit into one pack."""
-        latents = lambda c, n: n.numel() + sum(r.numel() for r in c.references)  # noqa: E731
-        cost = [latents(c, n) // 64 + len(c.txt) for c, n in zip(conditions, noise, strict=True)]
-        group, used = [], 0
-        for i, tokens in enumerate(cost):
-            if group and used + tokens > self.tokens_per_pack:
-                yield group
-                group, used = [], 0
-            group.append(i)
-            used += tokens
-        if group:
-            yield group
+    @torch.no_grad()
+    def reconstruct(self, picture: np.ndarray) -> np.ndarray:
+        """A picture, uint8 [H, W, 3], through the VAE and back: the best that any latent gives."""
+        return to_uint8(self.decode(self.vae.encode_latent(_pixels(picture).to(self.device))[0].float()))
+
+
+def _pixels(picture: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> [1, 3, 1, H, W] in [-1, 1]."""
+    return 2 * torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)[None, :, None] - 1
 
 
 def to_uint8(picture: Tensor) -> np.ndarray:

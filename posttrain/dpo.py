@@ -3,144 +3,184 @@
     torchrun --nproc-per-node 8 posttrain/dpo.py --init runs/sft --prompts PROMPTS.jsonl --rewards ocr
 
 Without --pairs, several pictures of each prompt are drawn by --init first, and the reward's best and worst of them make
-a pair. Run the same command again to go on.
+a pair. Run the same command again to go on. Formulas are in docs/posttraining.md.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 try:
     import tyro
 
-    from command_line import UserError, progress, run
-    from posttrain.start import TOY, RunConfig, artist, begin, engine_defaults, picture_side, plan, resolve
+    from command_line import UserError, progress
     from training.engine.config import EngineConfig
     from training.loop import LoopConfig
+    from training.start import RunConfig, optimizer, picture_side, start, toy_optimizer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
-
-STAGES_BEFORE = ("sft", "pretrain-1328", "pretrain-640", "pretrain-256")
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    out: Path = Path("runs/dpo")
-    """Folder of the run."""
     pairs: Path | None = None
     """Pairs to learn from: a folder with KEY.win.png, KEY.lose.png and KEY.txt, or one that an earlier run drew."""
-    num_pairs: int = 32 if TOY else 4096
+    num_pairs: int = 4096
     """Pairs to draw if none are given."""
     prompts: Path | None = None
     """JSON lines {"prompt": ..., ...} to draw. Default: the shapes world's training prompts."""
     rewards: tuple[str, ...] = ("shapes_soft",)
-    """What judges the drawn pictures, as NAME or NAME=WEIGHT: shapes, shapes_soft, ocr."""
+    """What judges the drawn pictures, as NAME or NAME=WEIGHT: shapes, shapes_soft, ocr, or your own FILE.py:CLASS."""
     pictures: int = 4
     """Pictures drawn of each prompt."""
     min_gap: float = 0.02
     """Smallest difference of reward between the best and the worst picture that makes a pair."""
     size_px: int | None = None
     """Side of the (square) pictures, a multiple of 16. Default: what --init was trained at."""
-    sampling_steps: int = 12 if TOY else 40
+    sampling_steps: int = 40
     cfg_scale: float = 4.0
-    beta: float = 200.0 if TOY else 1000.0
+    beta: float = 1000.0
     """Weight of the error gap, which is a mean over a latent's elements (Diffusion-DPO's 2000 is 1000 here)."""
-    batch_size: int = 16 if TOY else 128
+    batch_size: int = 128
     """Pairs in a step, over all ranks."""
-    loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(
-        default_factory=lambda: LoopConfig(20, save_every=10) if TOY else LoopConfig(2000, save_every=200)
-    )
-    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: engine_defaults(1e-6, toy_lr=2e-5))
+    loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=lambda: LoopConfig(2000, save_every=200))
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=1e-6))
 
+    NAME: ClassVar = "dpo"
+    STAGES_BEFORE: ClassVar = ("sft", "pretrain-1328", "pretrain-640", "pretrain-256")
+    TOY: ClassVar = dict(
+        num_pairs=32, sampling_steps=12, beta=200.0, batch_size=16, loop=LoopConfig(20, save_every=10),
+        engine=toy_optimizer(2e-5),
+    )  # fmt: skip
 
-def main(given: Config) -> None:
-    config = resolve(given, STAGES_BEFORE)
-    config = replace(config, size_px=picture_side(config.size_px, config.init))
-    if config.dry_run:
-        print(plan(config))
-        source = config.pairs or f"{config.num_pairs} pairs, best and worst of {config.pictures} pictures a prompt"
-        print(f"{config.loop.steps} steps of {config.batch_size} pairs from {source}")
-        return
+    def completed(self) -> "Config":
+        config = super().completed()
+        return replace(config, size_px=picture_side(config.size_px, config.init))
 
-    from data_pipeline.loader import Loader
-    from evaluation.validation import validations
-    from posttrain.objectives import DiffusionDPO
-    from posttrain.preference import PairDataset, is_finished, list_judged
-    from posttrain.prompts import read_prompts
-    from rewards import WeightedRewards
-    from training.loop import train
-    from training.run_folder import RunFolder
-    from training.samples import SampleHook
-    from vae.autoencoder import VAE
+    def side_px(self) -> int:
+        return self.size_px
 
-    encoded = config.pairs is not None and (config.pairs / "dataset.json").is_file()
-    folder = config.pairs if encoded else config.out / "pairs"
-    if encoded or is_finished(folder, pair_settings(config)):
-        missing, reward = [], None
-    elif config.pairs is not None:
-        missing, reward = list_judged(config.pairs), None
-    else:
-        missing, reward = read_prompts(config.prompts), WeightedRewards(config.rewards)
-
-    engine = begin(config, given.init)
-    try:
-        run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
-        if missing:
-            make_pairs(folder, missing, reward, config, engine)
-        dataset = PairDataset(folder, config.num_pairs if config.pairs is None else None)
-        engine.snapshot("reference")
-        batches = Loader(
-            dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
-        )
-        vae = VAE.from_folder(config.components, engine.device).eval()
-        shown = [dataset[i].win for i in range(min(8, len(dataset)))]
-        samples = SampleHook(config.sample_every, run_folder, vae, shown, together=len(shown) if TOY else 1)
-        hooks = [
-            samples,
-            *validations(config.validate_every, run_folder, engine, config.components, config.size_px, vae),
-        ]
-        train(engine, DiffusionDPO(config.beta), batches, config.loop, run_folder, hooks)
-        batches.close()
-    finally:
-        engine.close()
-
-
-def make_pairs(folder: Path, items: list, reward, config: Config, engine) -> None:
-    """Draw pairs for prompts and judge them by `reward`, or encode judged pictures. UserError if that gives none."""
-    from functools import partial
-
-    from data_pipeline.encoding import Encoder
-    from posttrain.preference import PairDrawing, encode_pair, write_pairs
-    from training.randomness import Randomness
-
-    painter = artist(engine, config.components)
-    encoder = Encoder(painter.conditioner, painter.vae, config.size_px)
-    if reward is None:
-        make, wanted = partial(encode_pair, encoder), len(items)
-    else:
-        drawing = PairDrawing(
-            painter, reward, config.size_px, config.pictures, config.min_gap, config.sampling_steps, config.cfg_scale,
-            Randomness(config.loop.seed),
-        )  # fmt: skip
-        make, wanted = drawing.pairs, config.num_pairs
-    with progress(wanted, "pairs", "pair") as bar:
-        show = lambda found: bar.update(min(found, wanted) - bar.n)  # noqa: E731
-        found = write_pairs(folder, pair_settings(config), items, make, wanted, encoder, engine, show)
-    if not found:
-        raise UserError(
-            f"of {len(items)} prompts none had two pictures whose rewards differ by {config.min_gap}: train the model "
-            "longer, lower --min-gap, or give --pairs"
-        )
-
-
-def pair_settings(config: Config) -> dict:
-    """All that the pairs depend on, as JSON gives it back."""
-    names = ("init", "components", "pairs", "num_pairs", "prompts", "rewards", "pictures", "min_gap", "size_px")
-    values = {name: getattr(config, name) for name in (*names, "sampling_steps", "cfg_scale")} | {
-        "seed": config.loop.seed
-    }
-    return json.loads(json.dumps(values, default=str))
+    def plan(self) -> str:
+        source = self.pairs or f"{self.num_pairs} pairs, best and worst of {self.pictures} pictures a prompt"
+        return f"{super().plan()}; {self.loop.steps} steps of {self.batch_size} pairs from {source}"
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    start(Config, "posttrain.dpo:DPO")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.encoding import Encoder
+from data_pipeline.loader import Loader
+from model.packing import ModelInputs
+from model.sampling.draw import Request, Sampler
+from model.sampling.schedule import FixedSchedule
+from posttrain.preference import (
+    Pair,
+    PairDataset,
+    PairDrawing,
+    encode_pair,
+    is_finished,
+    list_judged,
+    pair_settings,
+    write_pairs,
+)  # fmt: skip
+from posttrain.rollout.prompts import read_prompts
+from rewards import WeightedRewards
+from training.algorithm import Fixed, Frozen, Metrics, Model
+from training.flow_matching import noised, per_sample_mean, samples_shown
+from training.randomness import Randomness
+from training.studio import Studio
+
+
+class DPO:
+    """Diffusion-DPO for flow matching over batches of `Pair`, against the weights that the run started from.
+
+    Winner and loser share noise level and noise, and so do policy and reference: what a pair contributes is then the
+    difference that the pictures make, not that of two draws. sigma ~ U(0, 1), as in the report.
+    """
+
+    frozen = {"reference": Fixed()}
+
+    def __init__(self, config: Config, studio: Studio):
+        self.config, self.studio = config, studio
+        encoded = config.pairs is not None and (config.pairs / "dataset.json").is_file()
+        self.folder = config.pairs if encoded else config.out / "pairs"
+        self.missing, self.reward = [], None
+        if encoded or is_finished(self.folder, pair_settings(config)):
+            return
+        if config.pairs is not None:
+            self.missing = list_judged(config.pairs)
+        else:
+            self.missing, self.reward = read_prompts(config.prompts), WeightedRewards(config.rewards)
+
+    def batches(self) -> Loader:
+        config, engine = self.config, self.studio.engine
+        if self.missing:
+            self._make_pairs()
+        self.dataset = PairDataset(self.folder, config.num_pairs if config.pairs is None else None)
+        return Loader(
+            self.dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
+        )
+
+    def shown(self) -> list[Request]:
+        return samples_shown([self.dataset[i].win for i in range(min(8, len(self.dataset)))])
+
+    def prepare(self, batch: list[Pair], rng: Randomness, align: int) -> tuple[ModelInputs, Tensor]:
+        """Inputs of winners, then losers, and their velocities [n_target, C]."""
+        samples = [p.win for p in batch] + [p.lose for p in batch]
+        sigma = torch.stack([rng.uniform(p.key, p.epoch, "sigma") for p in batch]).repeat(2)
+        noise = [rng.normal(p.key, p.epoch, "noise", tuple(p.win.latent.shape)) for p in batch] * 2
+        return noised(samples, [s.txt for s in samples], noise, sigma, align)
+
+    def loss(self, model: Model, frozen: Frozen, inputs: ModelInputs, target: Tensor) -> tuple[Tensor, float, Metrics]:
+        error = lambda v: per_sample_mean((v.float() - target) ** 2, inputs).unflatten(0, (2, -1))  # noqa: E731
+        reference, errors = error(frozen["reference"](inputs)), error(model(inputs))
+        losses, margin = dpo_loss(errors, reference, self.config.beta)
+        gained = reference - errors.detach()
+        metrics = {
+            "loss": losses.detach().sum(),
+            "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).sum(),  # undecided counts half
+            "margin": margin.detach().sum(),
+            "win_gain": gained[0].sum(),
+            "lose_gain": gained[1].sum(),
+        }
+        return losses.sum(), float(len(losses)), metrics
+
+    def _make_pairs(self) -> None:
+        """Draw pairs for prompts and judge them, or encode judged pictures. UserError if that gives none."""
+        config, studio = self.config, self.studio
+        encoder = Encoder(studio.conditioner, studio.vae, config.size_px)
+        if self.reward is None:
+            make, wanted = lambda judged: encode_pair(encoder, judged), len(self.missing)
+        else:
+            sampler = Sampler(FixedSchedule(config.sampling_steps), cfg_scale=config.cfg_scale)
+            rng = Randomness(config.loop.seed)
+            drawing = PairDrawing(
+                studio, sampler, self.reward, config.size_px, config.pictures, config.min_gap, rng
+            )  # fmt: skip
+            make, wanted = drawing.pairs, config.num_pairs
+        with progress(wanted, "pairs", "pair") as bar:
+            show = lambda found: bar.update(min(found, wanted) - bar.n)  # noqa: E731
+            settings = pair_settings(config)
+            found = write_pairs(self.folder, settings, self.missing, make, wanted, encoder, studio.engine, show)
+        if not found:
+            raise UserError(
+                f"of {len(self.missing)} prompts none had two pictures whose rewards differ by {config.min_gap}: train "
+                "the model longer, lower --min-gap, or give --pairs"
+            )
+
+
+def dpo_loss(errors: Tensor, reference_errors: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """-log sigmoid(-beta ((win - lose) - (reference win - reference lose))) -> (losses [S], margins [S]).
+
+    errors [2, S]: squared velocity errors (win, lose), each the *mean* over the elements of a latent. The margin is how
+    much more the policy gained on the winner than on the loser, in the same unit. With a sum over D elements
+    the same beta would be D times as strong; Diffusion-DPO's code (arXiv 2311.12908) writes beta / 2 before the same
+    mean, so its 5000 is 2500 here. Source: Qwen-Image report, section 5.2.1.
+    """
+    (win, lose), (reference_win, reference_lose) = errors, reference_errors
+    margin = (reference_win - win) - (reference_lose - lose)
+    return -F.logsigmoid(beta * margin), margin

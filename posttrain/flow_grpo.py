@@ -3,128 +3,193 @@
     torchrun --nproc-per-node 8 posttrain/flow_grpo.py --init runs/dpo --prompts PROMPTS.jsonl --rewards ocr
 
 Each update draws --prompts-per-update prompts, --group pictures of each, with random steps, and takes a clipped policy
-gradient with a KL towards --init. Run the same command again to go on.
+gradient with a KL towards --init. Run the same command again to go on. Every reduction is in docs/posttraining.md.
 """
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 try:
     import tyro
 
-    from command_line import UserError, run
-    from posttrain.start import TOY, RunConfig, artist, begin, engine_defaults, picture_side, plan, resolve, sample_hook
+    from posttrain.rollout.config import RolloutConfig
     from training.engine.config import EngineConfig
     from training.loop import LoopConfig
+    from training.start import optimizer, start, toy_optimizer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
-STAGES_BEFORE = ("dpo", "sft", "pretrain-1328", "pretrain-640", "pretrain-256")
-
 
 @dataclass(frozen=True)
-class Config(RunConfig):
-    out: Path = Path("runs/grpo")
-    """Folder of the run."""
-    prompts: Path | None = None
-    """JSON lines {"prompt": ..., ...} to draw. Default: the shapes world's training prompts."""
-    rewards: tuple[str, ...] = ("shapes_soft",)
-    """What judges a picture, as NAME or NAME=WEIGHT: shapes, shapes_soft, ocr."""
-    prompts_per_update: int = 2 if TOY else 48
-    group: int = 12 if TOY else 24
-    """Pictures of each prompt, compared with each other (Flow-GRPO: 24 is stable, 12 and 6 collapse at scale)."""
-    size_px: int | None = None
-    """Side of the (square) pictures, a multiple of 16. Default: what --init was trained at."""
-    sampling_steps: int = 10
-    """Denoising steps of a picture in training; the last one is never random."""
+class Config(RolloutConfig):
     window: int = 2
     """Random, and trained, steps of a picture: so many in its first half; 0 for all but the last."""
     noise_level: float = 0.7
     sde: Literal["flow-grpo", "cps"] = "flow-grpo"
     """How random steps are made: Flow-GRPO's SDE, or coefficients-preserving sampling."""
-    cfg_scale: float = 4.0
-    """Guidance while drawing and in training, with gradient through both branches; 1 for none."""
     ratio: Literal["guard", "likelihood"] = "guard"
     """GRPO-Guard's ratio, which weighs all steps alike, or Flow-GRPO's of likelihoods, where the last ones dominate."""
     clip_range: float = 0.0256
     """Clip range of the ratio, times the square root of a latent's elements: 1e-4 at 512 px (65,536 elements)."""
     beta: float = 0.004
     """Weight of the KL towards --init, averaged over a latent's elements (Flow-GRPO's .04 at 10 steps)."""
-    advantage_std: Literal["group", "batch"] = "group"
-    """What a reward's distance from its group's mean is divided by."""
-    updates_per_rollout: int = 1
-    """Updates made from the same pictures; with 1 the ratio stays at 1 and nothing is clipped."""
-    loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(
-        default_factory=lambda: LoopConfig(10, save_every=5) if TOY else LoopConfig(1000, save_every=50)
-    )
-    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: engine_defaults(3e-6, toy_lr=1e-4))
+    loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=lambda: LoopConfig(1000, save_every=50))
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=3e-6))
+
+    NAME: ClassVar = "grpo"
+    STAGES_BEFORE: ClassVar = ("dpo", "sft", "pretrain-1328", "pretrain-640", "pretrain-256")
+    TOY: ClassVar = dict(
+        prompts_per_update=2, group=12, loop=LoopConfig(10, save_every=5), engine=toy_optimizer(1e-4)
+    )  # fmt: skip
+
+    def completed(self) -> "Config":
+        random_steps(self.sampling_steps, self.window, 0.0)  # refuses what does not fit before anything is written
+        return super().completed()
 
 
-def main(given: Config) -> None:
-    if given.loop.save_every % given.updates_per_rollout:
-        raise UserError(
-            "--save-every must be a multiple of --updates-per-rollout, so that a resumed run is the same run"
+def random_steps(steps: int, window: int, start: float) -> range:
+    """Which of a trajectory's steps are random: all but the last, or `window` consecutive ones of the first half.
+
+    `start` in [0, 1) picks the window's place. The last step is never random: noise left in x0 would be seen, and a
+    CPS step to sigma = 0 has no density. Raises ValueError for a window that does not fit.
+    """
+    if not window:
+        return range(steps - 1)
+    last = max(steps // 2, window)
+    if not 0 < window <= steps - 1:
+        raise ValueError(
+            f"a window of {window} random steps does not fit into {steps} steps, of which the last is fixed"
         )
-    config = resolve(given, STAGES_BEFORE)
-    config = replace(config, size_px=picture_side(config.size_px, config.init))
-
-    from posttrain.prompts import read_prompts
-
-    prompts = read_prompts(config.prompts)
-    if config.dry_run:
-        print(plan(config))
-        print(
-            f"{config.loop.steps} updates of {config.prompts_per_update} of {len(prompts)} prompts x {config.group} "
-            f"pictures at {config.size_px} px, {config.window or config.sampling_steps - 1} trained steps a picture"
-        )
-        return
-
-    from evaluation.validation import validations
-    from posttrain.objectives import FlowGRPO
-    from posttrain.rollout import Rollouts, random_steps
-    from rewards import WeightedRewards
-    from training.loop import train
-    from training.run_folder import RunFolder
-
-    random_steps(config.sampling_steps, config.window, 0.0)  # refuses what does not fit before anything is written
-    reward = WeightedRewards(config.rewards)
-    engine = begin(config, given.init)
-    try:
-        run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
-        if config.beta:
-            engine.snapshot("reference")
-        objective = FlowGRPO(config.clip_range, config.beta, config.ratio)
-        painter = artist(engine, config.components)
-        samples = sample_hook(config.sample_every, run_folder, painter, [p.text for p in prompts[:8]], config.size_px)
-        batches = Rollouts(
-            engine=engine,
-            artist=painter,
-            reward=reward,
-            objective=objective,
-            prompts=prompts,
-            prompts_per_update=config.prompts_per_update,
-            group=config.group,
-            size_px=config.size_px,
-            steps=config.sampling_steps,
-            cfg_scale=config.cfg_scale,
-            noise_level=config.noise_level,
-            kind=config.sde,
-            window=config.window,
-            max_tokens=config.max_tokens,
-            advantage_std=config.advantage_std,
-            updates_per_rollout=config.updates_per_rollout,
-            seed=config.loop.seed,
-        )
-        models = painter.vae, painter.conditioner
-        hooks = [
-            samples,
-            *validations(config.validate_every, run_folder, engine, config.components, config.size_px, *models),
-        ]
-        train(engine, objective, batches, config.loop, run_folder, hooks)
-    finally:
-        engine.close()
+    first = int(start * (last - window + 1))
+    return range(first, first + window)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    start(Config, "posttrain.flow_grpo:FlowGRPO")
+
+import torch
+from torch import Tensor
+
+from model.packing import ModelInputs
+from model.sampling.draw import Sampler, Transition
+from model.sampling.schedule import FixedSchedule
+from model.sampling.step import CPS, SDE, Window
+from posttrain.rollout.prompts import Prompt
+from posttrain.rollout.rollouts import Group, RolloutTrainer
+from training.algorithm import Fixed, Frozen, Metrics, Model
+from training.randomness import Randomness
+
+NOISE_SHARE = 0.1
+"""Largest share of the clip range by which an unchanged policy's ratio may differ from 1."""
+
+
+@dataclass(frozen=True)
+class Credited:
+    """A random step of the pictures of a pack, on the engine's device, with what each earned (S pictures)."""
+
+    transition: Transition
+    advantage: Tensor
+    """fp32 [S]"""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """[S] rewards of the pictures that the step led to, for the log."""
+
+    def to(self, device: torch.device) -> "Credited":
+        return self
+
+
+class FlowGRPO(RolloutTrainer):
+    """Clipped ratio + beta KL(policy || reference) over batches of one `Credited` step.
+
+    `ratio` is that of the likelihoods, as in Flow-GRPO, or GRPO-Guard's, whose gradient weighs steps alike. With D
+    elements a picture, log-probabilities are *means* over D, so the ratio is p^(1/D), whose spread for a given change
+    of the policy falls as 1/sqrt(D). Hence `clip_range` is given for D = 1 and divided by sqrt(D): .0256 is Flow-GRPO's
+    1e-4 at 512 px (D = 65,536). The KL is that of the two Gaussian steps, (mean - mean_ref)^2 / (2 std^2), *averaged*
+    over D; in velocity form |dt|/2 (s (1 - sigma) / (2 sigma) + 1/s)^2 (v - v_ref)^2. Flow-GRPO's code has another
+    factor |dt| in it, so its beta .04 at 10 steps is about .004 here.
+    """
+
+    _floor_known = False
+
+    @property
+    def frozen(self) -> dict[str, Fixed]:
+        return {"reference": Fixed()} if self.config.beta else {}
+
+    def sampler(self, prompt: Prompt, epoch: int) -> Sampler:
+        config = self.config
+        step = {"flow-grpo": SDE, "cps": CPS}[config.sde](config.noise_level)
+        at = float(self.rng.uniform(prompt.key, epoch, "window"))
+        window = Window(step, random_steps(config.sampling_steps, config.window, at))
+        return Sampler(FixedSchedule(config.sampling_steps), window, config.cfg_scale)
+
+    def microbatches(self, groups: list[Group]) -> list[list[Credited]]:
+        device, found = self.studio.engine.device, []
+        for group in groups:
+            for transition in group.drawn.transitions:
+                pictures = list(transition.pictures)
+                scores = {name: score[pictures].to(device) for name, score in group.scores.items()}
+                found.append([Credited(transition, group.advantages[pictures].to(device), scores)])
+        if not self._floor_known:
+            self._check_noise_floor(found[0][0].transition)
+        return found
+
+    def prepare(self, batch: list[Credited], rng: Randomness, align: int) -> tuple[ModelInputs, Credited]:
+        (credited,) = batch
+        return credited.transition.inputs(), credited
+
+    def loss(
+        self, model: Model, frozen: Frozen, inputs: ModelInputs, credited: Credited
+    ) -> tuple[Tensor, float, Metrics]:
+        step = credited.transition
+        reference = frozen["reference"](inputs) if self.config.beta else None
+        mean, std = step.moments(model(inputs))
+        log_ratio, clip = self.log_ratio(step, mean, std), self.clip_range(step)
+        losses = clipped_ratio_loss(log_ratio, credited.advantage, clip)
+        moved = (log_ratio.detach().exp() - 1).abs() / clip
+        metrics = {"ratio_deviation": moved.sum(), "clipped": (moved > 1).float().sum()}
+        if reference is not None:
+            reference_mean, _ = step.moments(reference)
+            kl = step.per_picture((mean - reference_mean) ** 2 / (2 * std**2))
+            losses = losses + self.config.beta * kl
+            metrics["kl"] = kl.detach().sum()
+        metrics |= {name: score.sum() for name, score in credited.scores.items()}
+        return losses.sum(), float(len(losses)), {"loss": losses.detach().sum(), **metrics}
+
+    def log_ratio(self, step: Transition, mean: Tensor, std: Tensor) -> Tensor:
+        """Logarithm of the ratio [S] of the chosen kind, of a policy of these moments."""
+        if self.config.ratio == "likelihood":
+            return step.mean_log_prob(mean, std) - step.log_prob
+        return guarded_log_ratio(step, mean, std)
+
+    def clip_range(self, step: Transition) -> Tensor:
+        """The clip range [S] of each picture's ratio."""
+        elements = torch.tensor(step.guidance.lengths, device=step.x.device) * step.x.shape[1]
+        return self.config.clip_range / elements.sqrt()
+
+    @torch.no_grad()
+    def _check_noise_floor(self, step: Transition) -> None:
+        """Refuse to train where kernels repeat themselves too badly for the clip range."""
+        engine = self.studio.engine
+        log_ratio = self.log_ratio(step, *step.moments(engine.model(step.inputs())))
+        floor = ((log_ratio.exp() - 1).abs() / self.clip_range(step)).max().item()
+        if engine.any_rank(floor > NOISE_SHARE):
+            raise ValueError(
+                f"an unchanged policy's ratio is off by {floor:.2g} clip ranges, more than {NOISE_SHARE}: "
+                f"raise --clip-range at least {floor / NOISE_SHARE:.1f} times, or train in fp32"
+            )
+        self._floor_known = True
+
+
+def clipped_ratio_loss(log_ratio: Tensor, advantage: Tensor, clip: Tensor | float) -> Tensor:
+    """PPO's pessimistic surrogate: max(-A r, -A clamp(r, 1 - clip, 1 + clip)), r = exp(log_ratio), elementwise."""
+    ratio = log_ratio.exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def guarded_log_ratio(step: Transition, mean: Tensor, std: Tensor) -> Tensor:
+    """The log ratio [S] without its bias and its dependence on the step: noise (mean - mean_old) / |dt|, averaged.
+
+    GRPO-Guard (arXiv 2510.22319): (log p - log p_old + |mean - mean_old|^2 / (2 std^2)) std / |dt|. For Flow-GRPO's
+    SDE that is -(1 + a^2/2) noise (v - v_old), so that every step pulls at the velocity with equal force.
+    """
+    noise, dt = (step.x_next - step.mean) / std, (step.sigma - step.sigma_next).to(mean.device)
+    return step.per_picture(noise * (mean - step.mean)) / dt

@@ -23,10 +23,11 @@ from data_pipeline.sample import EncodedSample
 from data_pipeline.shards import shard_name, write_encoded
 from data_pipeline.tar_index import tar_index
 from files import write_json
-from model.sampling.sampler import sample
-from model.text_to_image import PIXELS_PER_LATENT, TextToImage, to_uint8
-from posttrain.prompts import Prompt
+from model.sampling.draw import Request, Sampler
+from model.text_to_image import PIXELS_PER_LATENT, to_uint8
+from posttrain.rollout.prompts import Prompt
 from training.randomness import Randomness
+from training.studio import Studio
 
 if TYPE_CHECKING:
     from rewards import Reward
@@ -89,7 +90,8 @@ def best_and_worst(rewards: Tensor, min_gap: float) -> tuple[int, int] | None:
 class PairDrawing:
     """How pictures are drawn to be compared."""
 
-    artist: TextToImage
+    studio: Studio
+    sampler: Sampler
     reward: "Reward"
     """Pictures to scores; its "reward" decides."""
     size_px: int
@@ -98,27 +100,30 @@ class PairDrawing:
     """Pictures of each prompt, of which the best and the worst make a pair."""
     min_gap: float
     """Smallest difference of reward that makes a pair."""
-    steps: int
-    cfg_scale: float
     rng: Randomness
 
     def pairs(self, prompt: Prompt) -> Iterator[EncodedSample]:
         """Winner and loser of a prompt, or nothing."""
-        side = self.size_px // PIXELS_PER_LATENT
+        painter, side = self.studio.painter(self.sampler), self.size_px // PIXELS_PER_LATENT
+        (condition,) = self.studio.conditions([prompt.text])
         keys = [f"{prompt.key}#{i}" for i in range(self.pictures)]
-        noise = [self.rng.normal(key, 0, "preference", (16, 1, side, side)).to(self.artist.device) for key in keys]
-        (condition,) = self.artist.encode([prompt.text])
-        latents = sample(
-            self.artist.velocity, [condition] * self.pictures, noise, self.steps, self.cfg_scale, self.artist.align
-        )
-        images = [to_uint8(self.artist.decode(latent)) for latent in latents]
+        requests = [Request(condition, self.rng.normal(key, 0, "preference", (16, 1, side, side))) for key in keys]
+        latents = painter.latents([r.to(painter.device) for r in requests])
+        images = [to_uint8(painter.decode(latent)) for latent in latents]
         rewards = self.reward(images, [prompt.text] * self.pictures, [prompt.metadata] * self.pictures)["reward"]
         if (chosen := best_and_worst(rewards, self.min_gap)) is None:
             return
         for index, name in zip(chosen, ("win", "lose"), strict=True):
             meta = prompt.metadata | {"caption": prompt.text, "source": "drawn", "reward": float(rewards[index])}
-            latent, txt = latents[index].float().cpu(), condition.txt.bfloat16().cpu()
+            latent, txt = latents[index].float().cpu(), condition.txt.bfloat16()
             yield EncodedSample(f"{prompt.key}-{name}", latent, txt, meta=meta)
+
+
+def pair_settings(config: Any) -> dict[str, Any]:
+    """All of a DPO run's config that its pairs depend on, as JSON gives it back."""
+    names = ("init", "components", "pairs", "num_pairs", "prompts", "rewards", "pictures", "min_gap", "size_px")
+    values = {name: getattr(config, name) for name in (*names, "sampling_steps", "cfg_scale")}
+    return json.loads(json.dumps(values | {"seed": config.loop.seed}, default=str))
 
 
 def is_finished(folder: Path, settings: dict[str, Any]) -> bool:

@@ -1,8 +1,11 @@
 """What a stage will cost: parameters, tokens, FLOPs, memory. Imports no torch."""
 
 import os
+from typing import TYPE_CHECKING
 
-from pretrain.recipes import StageConfig
+if TYPE_CHECKING:
+    from pretrain.recipes import StageConfig
+
 
 TXT_TOKENS = {"tiny": 24, "small": 256, "qwen-image": 256}
 """Assumed length of a prompt."""
@@ -11,7 +14,7 @@ ACTIVATION_BYTES = {2: 54, 4: 92}
 """Bytes that autograd keeps, at most, per token, layer and channel of the residual stream, by an activation's size."""
 
 
-def plan(config: StageConfig) -> str:
+def plan(config: "StageConfig") -> str:
     """The lines that `--dry-run` prints. ValueError if the processes do not divide into the layout."""
     model, engine, parallel = config.model, config.engine, config.engine.parallel
     sp = parallel.sp and parallel.tp > 1
@@ -21,7 +24,7 @@ def plan(config: StageConfig) -> str:
     world = max(world, shards)
     dp = world // shards
 
-    img, txt = (config.side_px // 16) ** 2, TXT_TOKENS[config.preset]
+    img, txt = (config.side_px() // 16) ** 2, TXT_TOKENS[config.preset]
     forward = model.forward_flops(img, txt, config.batch_size)
     flops = forward * (4 if engine.recompute == "block" else 3)
 
@@ -44,7 +47,7 @@ def plan(config: StageConfig) -> str:
     return "\n".join(
         [
             f"stage {config.res}: {config.preset}, {parameters:,} parameters, {config.loop.steps:,} steps of "
-            f"{config.batch_size:,} samples of {img} image + about {txt} text tokens ({config.side_px} px squares)",
+            f"{config.batch_size:,} samples of {img} image + about {txt} text tokens ({config.side_px()} px squares)",
             f"layout: {world} processes = tp {parallel.tp}{' with sp' if sp else ''} x cp {parallel.cp} x dp {dp}",
             f"a step: {config.batch_size * (img + txt):,} tokens, {flops:.3g} FLOPs ({flops / world:.3g} a process); "
             f"the stage: {flops * config.loop.steps:.3g} FLOPs",

@@ -5,34 +5,33 @@ tensor parallelism; batch sizes, lengths and learning rates of the 20B preset ar
 preset on a CPU, on the demo's pictures, at resolutions whose ratios are about the same.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-import tyro
-
+from command_line import UserError, flag
 from model.config import PRESETS, MMDiTConfig
-from training.demo_data import STEPS, TOY_SIDE_PX
-from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig, has_gpu
+from training.demo_data import STEPS, TOY_SIDE_PX, demo_data
+from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
+from training.source import look, preset_of
+from training.start import RunConfig
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(RunConfig):
     """One stage of the curriculum."""
 
     res: Literal[256, 640, 1328] = 256
     """Stage: pictures have about the area of a square with this side, in pixels (64, 96, 128 for the tiny preset)."""
     preset: Literal["tiny", "small", "qwen-image"] = "qwen-image"
-    """Size of the model. Default: qwen-image with a GPU, tiny without."""
+    """Size of the model. Default: that of --init, else the one that takes the text states of --data, else tiny."""
     data: tuple[Path, ...] = ()
     """Encoded data sets (of data_pipeline/produce.py). Default: the demo's, made if it is missing."""
     init: Path | None = None
     """Start from the averaged weights of this run, or from this diffusers folder or hub id. Default: at random."""
     components: Path | None = None
     """Folder with the VAE that draws samples; noted in the run for sampling and export later."""
-    out: Path | None = None
-    """Folder of the run. Default: runs/pretrain-RES."""
     batch_size: int = 1024
     """Samples in a step, over all ranks."""
     max_tokens: int = 8192
@@ -44,48 +43,90 @@ class StageConfig:
     sample_every: int = 1000
     """Steps between pictures in samples/, which need --components."""
     validate_every: int = 5000
-    """Steps between validations: frozen prompts of the shapes world are drawn and judged. They need a text encoder in
-    --components. 0 for none."""
-    loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=LoopConfig)
-    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
-    dry_run: bool = False
-    """Print the plan: parameters, FLOPs, tokens, memory per GPU."""
+    """Steps between validations, which need a text encoder in --components. 0 for none."""
+
+    NAME: ClassVar = "pretrain"
+
+    @classmethod
+    def defaults(cls, argv: list[str]) -> "StageConfig":
+        res = flag(argv, "--res") or "256"
+        return recipe(int(res) if res.isdigit() else 256, flag(argv, "--preset") or likely_preset(argv))
+
+    def completed(self) -> "StageConfig":
+        config = replace(self, out=self.out or Path(f"runs/pretrain-{self.res}"))
+        for path in (*config.data, config.components):
+            if path is not None and not path.exists():
+                raise UserError(f"{path} does not exist")
+        if config.data or config.dry_run:
+            return config
+        if config.preset != "tiny":
+            raise UserError(f"preset {config.preset} needs --data: encoded shards of data_pipeline/produce.py")
+        data, components = demo_data(config.side_px())
+        return replace(config, data=(data,), components=config.components or components)
 
     @property
     def model(self) -> MMDiTConfig:
         return PRESETS[self.preset]
 
-    @property
     def side_px(self) -> int:
-        """Side of the square that pictures have the area of."""
         return TOY_SIDE_PX[self.res] if self.preset == "tiny" else self.res
+
+    def plan(self) -> str:
+        from pretrain.plan import plan
+
+        return plan(self)
 
 
 _LARGE = EngineConfig(parallel=ParallelConfig(tp=4, sp=True), optimizer=OptimizerConfig(warmup_steps=2000))
 _TOY = EngineConfig(optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20), ema_decay=0.995)
 
 STAGES: dict[int, StageConfig] = {
-    256: StageConfig(256, batch_size=4096, engine=_LARGE, loop=LoopConfig(500_000, save_every=2000)),
-    640: StageConfig(640, batch_size=2048, engine=_LARGE, loop=LoopConfig(200_000, save_every=1000)),
-    1328: StageConfig(1328, batch_size=1024, engine=_LARGE, loop=LoopConfig(100_000, save_every=500)),
+    256: StageConfig(res=256, batch_size=4096, engine=_LARGE, loop=LoopConfig(500_000, save_every=2000)),
+    640: StageConfig(res=640, batch_size=2048, engine=_LARGE, loop=LoopConfig(200_000, save_every=1000)),
+    1328: StageConfig(res=1328, batch_size=1024, engine=_LARGE, loop=LoopConfig(100_000, save_every=500)),
 }
 TOYS: dict[int, StageConfig] = {
     res: replace(
         stage, preset="tiny", batch_size=32, max_tokens=4096, sample_every=100, validate_every=100, engine=_TOY,
-        loop=LoopConfig(STEPS, save_every=50),
+        loop=LoopConfig(STEPS, save_every=50), validation="evaluation.validation:ShapesValidation",
     )
     for res, stage in STAGES.items()
 }  # fmt: skip
 
 
-def recipe(res: int, preset: str | None = None) -> StageConfig:
-    """The recipe of a stage for a preset, by default what this machine can run. ValueError for an unknown stage."""
+def recipe(res: int, preset: str = "tiny") -> StageConfig:
+    """The recipe of a stage for a preset. ValueError for an unknown stage."""
     if res not in STAGES:
         raise ValueError(f"there is no stage {res}; stages are {', '.join(map(str, STAGES))}")
-    preset = preset or ("qwen-image" if has_gpu() else "tiny")
     if preset == "tiny":
         return TOYS[res]
     if preset == "small":
         one_gpu = replace(_LARGE, parallel=ParallelConfig())
         return replace(STAGES[res], preset="small", batch_size=256, engine=one_gpu)
     return STAGES[res]
+
+
+def likely_preset(argv: list[str]) -> str:
+    """The preset of --init; without one, the first that takes the text states of --data; tiny without either."""
+    if init := flag(argv, "--init"):
+        found = look(init)
+        if found.kind == "hub":
+            return "qwen-image"
+        if (preset := preset_of(found.model_config())) is None:
+            raise UserError(f"{init} is of no preset ({', '.join(PRESETS)}); pretraining takes the presets' models")
+        return preset
+    width = None if (data := flag(argv, "--data")) is None else _text_width(Path(data))
+    if width is None or width == PRESETS["tiny"].joint_attention_dim:
+        return "tiny"
+    return "qwen-image"
+
+
+def _text_width(data: Path) -> int | None:
+    """Width of an encoded data set's text states; None if it is none."""
+    from safetensors import safe_open
+
+    file = data / "empty.safetensors"
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="numpy") as tensors:
+        return tensors.get_slice("txt").get_shape()[-1]

@@ -18,11 +18,13 @@ from model.config import PRESETS
 from model.diffusers_io.folder import write_pipeline
 from model.mmdit import MMDiT
 from model.packing import token_size
-from model.sampling.sampler import Condition, sample
+from model.sampling.draw import Request, Sampler
+from model.sampling.guidance import Condition
+from model.sampling.schedule import FixedSchedule
 from training.engine.checkpoint import read_weights
 from training.engine.config import EngineConfig, OptimizerConfig
 from training.engine.step import Engine
-from training.objective import VelocityMSE
+from training.flow_matching import VelocityMSE
 from training.randomness import Randomness
 from vae.autoencoder import VAE
 from vae.config import PRESETS as VAE_PRESETS
@@ -71,14 +73,14 @@ def test_one_batch(tmp_path):
         (alone,) = conditioner.encode([prompts[s.key]])
         torch.testing.assert_close(s.txt.float(), alone, atol=0.02, rtol=0.01)  # stored as bf16
 
-    # 5, 6. The objective: noise and sigma by sample key, packed without padding.
+    # 5, 6. The algorithm: noise and sigma by sample key, packed without padding.
     objective, randomness = VelocityMSE(), Randomness(seed=0)
     engine = Engine(PRESETS["tiny"], EngineConfig(optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1)), total_steps=3)
     try:
         engine.initialize(seed=0)
-        inputs = objective.prepare(batch, randomness, engine.frozen, engine.align)
+        inputs, target = objective.prepare(batch, randomness, engine.align)
         n_target = sum(np.prod(token_size(s.latent)) for s in batch)
-        assert inputs.pack.n_target == n_target and inputs.target.shape == (n_target, 64)
+        assert inputs.pack.n_target == n_target and target.shape == (n_target, 64)
         assert len(inputs.img) % engine.align == 0 and len(inputs.img) - n_target < engine.align
 
         # 7, 8. The model and the engine: three updates on this batch lower its loss.
@@ -105,7 +107,7 @@ def test_one_batch(tmp_path):
     prompt = prompts["shape-0"]
     txt, empty = conditioner.encode([prompt, " "])
     noise = torch.randn(16, 1, 8, 12, generator=torch.Generator().manual_seed(7))
-    (latent,) = sample(model, [Condition(txt, empty)], [noise], steps=4, cfg_scale=4.0)
+    (latent,) = Sampler(FixedSchedule(4), cfg_scale=4.0).draw(model, [Request(Condition(txt, empty), noise)]).latents
     with torch.no_grad():
         ours = (vae.decode_latent(latent[None])[0, :, 0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     theirs = pipeline(

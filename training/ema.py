@@ -1,20 +1,30 @@
-"""Moving average of weights, in fp32."""
+"""Moving averages of weights, in fp32."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-class EMA:
-    """avg <- d * avg + (1 - d) * weight with d = min(decay, (1 + n) / (10 + n)) at update n.
+def ramped(decay: float) -> Callable[[int], float]:
+    """min(decay, (1 + n) / (10 + n)) at update n: the first, random weights do not weigh on short runs.
 
-    The ramp keeps the first, random weights from weighing on short runs. `weights` are the tensors to follow, by any
-    hashable name; under a sharded optimizer those are this rank's slices of the fp32 masters.
+    Raises ValueError for a decay outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"the decay of a moving average lies in [0, 1), got {decay}")
+    return lambda n: min(decay, (1 + n) / (10 + n))
+
+
+class MovingAverage:
+    """avg <- d(n) avg + (1 - d(n)) weight after update n of the weights, counted from 0, if `every` divides n + 1.
+
+    `weights` are the tensors to follow, by any hashable name; under a sharded optimizer those are this rank's slices of
+    the fp32 masters.
     """
 
-    def __init__(self, weights: dict[str, Tensor], decay: float):
-        if not 0 <= decay < 1:
-            raise ValueError(f"the decay of a moving average lies in [0, 1), got {decay}")
-        self.weights, self.decay, self.updates = weights, decay, 0
+    def __init__(self, weights: dict[str, Tensor], decay: Callable[[int], float], every: int = 1):
+        self.weights, self.decay, self.every, self.updates = weights, decay, every, 0
         self.average = {name: torch.empty_like(w, dtype=torch.float32) for name, w in weights.items()}
         self.reset()
 
@@ -27,9 +37,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the present weights."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        """Say that the weights were updated."""
+        decay = self.decay(self.updates)
         self.updates += 1
+        if self.updates % self.every:
+            return
         weights = [self.weights[name].float() for name in self.average]
         if weights:
             torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)

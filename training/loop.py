@@ -1,7 +1,7 @@
 """The only training loop: batches in, steps, log, checkpoints. Pretraining, SFT, DPO and RL all run it.
 
-An algorithm is an iterator of batches and an objective. To resume a run, run the same command: the loop loads the
-newest intact checkpoint, which holds the batches' cursor, and goes on as if it had never stopped.
+An algorithm is an iterator of batches and a loss (`training.algorithm`). To resume a run, run the same command: the
+loop loads the newest intact checkpoint, which holds the batches' cursor, and goes on as if it had never stopped.
 """
 
 import signal
@@ -15,8 +15,8 @@ from command_line import progress
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from training.algorithm import Algorithm, Batches
     from training.engine.step import Engine
-    from training.objective import Objective
 
 
 IMPATIENT_S = 3.0
@@ -36,19 +36,6 @@ class LoopConfig:
     """Seed of noise, timesteps and dropout."""
 
 
-class Batches(Protocol):
-    """Yields this data-parallel rank's microbatches of a step; its cursor is JSON.
-
-    All ranks end together. An algorithm that makes its batches with the model being trained holds the engine itself.
-    """
-
-    def __next__(self) -> list[list[Any]]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class Hook(Protocol):
     """Something done every so many steps and after the last, on all ranks: samples, validation."""
 
@@ -59,8 +46,8 @@ class Hook(Protocol):
 
 def train(
     engine: "Engine",
-    objective: "Objective",
-    batches: Batches,
+    algorithm: "Algorithm",
+    batches: "Batches",
     config: LoopConfig,
     run: RunFolder,
     hooks: Sequence[Hook] = (),
@@ -84,7 +71,7 @@ def train(
             microbatches = next(batches, None)
             if microbatches is None:
                 break
-            metrics = engine.step(objective, microbatches, rng)
+            metrics = engine.step(algorithm, microbatches, rng)
             step, last = engine.step_count, engine.step_count == config.steps
             run.log(step, metrics, {"samples_per_second": metrics["samples"] / (time.perf_counter() - begin)})
             bar.set_postfix(
@@ -94,6 +81,7 @@ def train(
             for hook in hooks:
                 if last or step % hook.every == 0:
                     hook(engine, step)
+                    engine.frozen.release()
             stopping = engine.any_rank(interrupted())
             if last or stopping or step % config.save_every == 0:
                 save(engine, batches, run, config.keep)
@@ -106,7 +94,7 @@ def train(
     run.close()
 
 
-def save(engine: "Engine", batches: Batches, run: RunFolder, keep: int) -> None:
+def save(engine: "Engine", batches: "Batches", run: RunFolder, keep: int) -> None:
     """Write a checkpoint of this moment and delete those older than the newest `keep`."""
     run.sync()
     engine.save_step(run.checkpoints, {"batches": batches.state_dict()}, keep)

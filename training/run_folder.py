@@ -93,12 +93,3 @@ def _replace(file: Path, rows: list[str]) -> None:
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
     """Rows of a run's metrics.jsonl."""
     return [json.loads(row) for row in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-def named_by(run: Path, folder: Path | str) -> Path:
-    """A folder that the run's config.toml names, also from elsewhere than where the run was started.
-
-    A relative name is looked for here, then below each folder that the run lies in; what is nowhere stays as it is.
-    """
-    places = (Path(), *Path(run).absolute().parents)
-    return next((place / folder for place in places if (place / folder).is_dir()), Path(folder))

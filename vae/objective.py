@@ -1,6 +1,8 @@
 """The VAE's training objective: reconstruction, perceptual and KL terms of crops."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +30,9 @@ class Reconstruction:
     """Decode a sample of the posterior (while the encoder learns) or its mode."""
     perceptual: nn.Module = field(default_factory=GradientPyramid)
 
-    def prepare(self, batch: list[Source], rng: Randomness, frozen: Any, align: int) -> Crops:
+    frozen = MappingProxyType({})
+
+    def prepare(self, batch: list[Source], rng: Randomness, align: int) -> tuple[Crops, None]:
         groups: dict[int, list[Tensor]] = {}
         noise: dict[int, list[Tensor]] = {}
         for source in batch:
@@ -41,11 +45,11 @@ class Reconstruction:
                 if self.sample_posterior
                 else torch.zeros(shape)
             )
-        return Crops(*(tuple(torch.stack(g[t]) for t in sorted(g)) for g in (groups, noise)))
+        return Crops(*(tuple(torch.stack(g[t]) for t in sorted(g)) for g in (groups, noise))), None
 
-    def loss(self, output: list[tuple[Tensor, ...]], batch: list[Source], inputs: Crops):
+    def loss(self, model: Callable[[Crops], list[tuple[Tensor, ...]]], frozen: Any, inputs: Crops, aux: None):
         sums: dict[str, Tensor] = {}
-        for (mean, logvar, y), x in zip(output, inputs.pixels, strict=True):
+        for (mean, logvar, y), x in zip(model(inputs), inputs.pixels, strict=True):
             error = (y - x).float()
             l1, mse = per_sample_mean(error.abs()), per_sample_mean(error.square())
             frames = lambda p: p.float().transpose(1, 2).flatten(0, 1)  # noqa: E731
@@ -56,4 +60,4 @@ class Reconstruction:
             terms = {"loss": total, "l1": l1, "perceptual": perceptual, "kl": divergence, "psnr": psnr}
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.sum()
-        return sums["loss"], float(len(batch)), {name: value.detach() for name, value in sums.items()}
+        return sums["loss"], float(sum(map(len, inputs.pixels))), {name: value.detach() for name, value in sums.items()}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 try:
     import tyro
 
-    from command_line import UserError, run
+    from command_line import UserError, flag, run
     from training.engine.config import EngineConfig, OptimizerConfig, has_gpu
     from training.loop import LoopConfig
     from training.run_folder import RunFolder
@@ -152,7 +152,7 @@ def main(config: Config) -> None:
             sample_posterior=config.recipe == "base",
             perceptual=perceptual(config.perceptual).to(engine.device),
         )
-        shown = objective.prepare([dataset[i] for i in range(min(8, dataset.pictures))], Randomness(0), None, 1)
+        shown, _ = objective.prepare([dataset[i] for i in range(min(8, dataset.pictures))], Randomness(0), 1)
         hook = ReconstructionHook(config.sample_every, run_folder, shown)
         train(engine, objective, batches, config.loop, run_folder, [hook])
         batches.close()
@@ -264,7 +264,9 @@ class ReconstructionHook:
         import torch
         from PIL import Image
 
-        ((_, _, drawn),) = engine.frozen("ema", self.crops)
+        from training.engine.step import moved
+
+        ((_, _, drawn),) = engine.frozen["ema"](moved(self.crops, engine.device))
         if self.run.writes:
             rows = [torch.cat(list(x[:, :, 0]), dim=-1) for x in (self.crops.pixels[0], drawn.cpu().float())]
             pixels = ((torch.cat(rows, dim=-2).clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -321,18 +323,8 @@ def finish(config: Config, start, dataset: Sources) -> None:
 
 def defaults(argv: list[str]) -> Config:
     """The recipe that the command line names."""
-
-    def flag(name: str) -> str | None:
-        values = [b for a, b in zip(argv, argv[1:], strict=False) if a == name]
-        values += [a.split("=", 1)[1] for a in argv if a.startswith(f"{name}=")]
-        return values[-1] if values else None
-
-    return recipe(flag("--recipe") or "base", flag("--preset"))
+    return recipe(flag(argv, "--recipe") or "base", flag(argv, "--preset"))
 
 
 if __name__ == "__main__":
-    try:
-        chosen = defaults(sys.argv[1:])
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    run(main, chosen)
+    run(main, defaults)

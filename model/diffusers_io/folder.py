@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import MMDiTConfig
+from model.diffusers_io.config import UNSUPPORTED
 from model.diffusers_io.names import from_diffusers, to_diffusers
 from model.ops import local_shard
 
@@ -23,7 +24,6 @@ WEIGHTS = "diffusion_pytorch_model"
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "vae_video", "processor", "scheduler")
 Pipeline = Literal["QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"]
 
-_UNSUPPORTED = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
 _CLASSES = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration"),
@@ -31,34 +31,6 @@ _CLASSES = {
     "transformer": ("diffusers", "QwenImageTransformer2DModel"),
     "vae": ("diffusers", "AutoencoderKLQwenImage"),
 }
-
-
-def locate(source: str | Path) -> Path:
-    """A local diffusers folder as it is; a hub id (`Qwen/Qwen-Image`) downloaded. ValueError if it is neither."""
-    if (Path(source) / "transformer").is_dir():
-        return Path(source)
-    if Path(source).exists() or str(source).count("/") != 1:
-        raise ValueError(f"{source} is no diffusers folder (it has no transformer/) and no hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source)))
-    except Exception as error:
-        raise ValueError(f"{source} is no local folder, and the hub does not give it: {error}") from None
-
-
-def read_config(folder: Path) -> MMDiTConfig:
-    """Config of `folder`/transformer. ValueError for another model or one with more parts."""
-    file = Path(folder) / "transformer" / "config.json"
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist; give a folder that diffusers' QwenImagePipeline can load") from None
-    if values.get("_class_name") != "QwenImageTransformer2DModel":
-        raise ValueError(f"{file} describes a {values.get('_class_name')}, not a QwenImageTransformer2DModel")
-    if used := [name for name in _UNSUPPORTED if values.get(name)]:
-        raise ValueError(f"{file} sets {', '.join(used)}, which this model does not have")
-    return MMDiTConfig(**{f.name: values[f.name] for f in fields(MMDiTConfig) if f.name in values})
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -145,7 +117,7 @@ def _write_transformer(
     folder.mkdir(parents=True)
     shape = {name: value for name, value in asdict(config).items() if name != "rope"}
     values = {"_class_name": "QwenImageTransformer2DModel", "_diffusers_version": "0.42.1", **shape}
-    _write_json(folder / "config.json", {**values, **dict.fromkeys(_UNSUPPORTED, False)})
+    _write_json(folder / "config.json", {**values, **dict.fromkeys(UNSUPPORTED, False)})
 
     size = lambda t: t.numel() * (dtype or t.dtype).itemsize  # noqa: E731
     shards: list[list[str]] = [[]]

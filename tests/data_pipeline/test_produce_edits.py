@@ -20,7 +20,7 @@ from model.config import PRESETS
 from model.text_to_image import TextToImage
 from training.engine.config import EngineConfig, OptimizerConfig
 from training.engine.step import Engine
-from training.objective import VelocityMSE
+from training.flow_matching import VelocityMSE
 from training.randomness import Randomness
 from vae.autoencoder import VAE
 
@@ -118,7 +118,7 @@ def test_the_line_from_synthesis_over_curation_trains(
     try:
         engine.initialize(seed=0)
         objective = VelocityMSE(condition_dropout=0.5)
-        inputs = objective.prepare(batch, Randomness(seed=0), engine.frozen, engine.align)
+        inputs, _ = objective.prepare(batch, Randomness(seed=0), engine.align)
         references = sum(r[0].numel() // 4 for s in batch for r in s.references)
         assert inputs.pack.n_target + references <= len(inputs.img)
         losses = [engine.step(objective, microbatches, Randomness(seed=0))["loss"] for _ in range(3)]

@@ -22,7 +22,7 @@ from model.diffusers_io.folder import write_pipeline
 from training.engine.checkpoint import read_weights
 from training.engine.config import EngineConfig, OptimizerConfig
 from training.engine.step import Engine
-from training.objective import VelocityMSE
+from training.flow_matching import VelocityMSE
 from training.randomness import Randomness
 from vae.autoencoder import VAE
 from vae.config import PRESETS

@@ -10,6 +10,7 @@ from scipy import stats
 
 from model import flow
 from model.conditioner import SCHEDULER
+from model.sampling.schedule import FixedSchedule, noise_levels
 
 
 def scheduler_sigmas(steps: int, tokens: int) -> torch.Tensor:
@@ -23,7 +24,7 @@ def scheduler_sigmas(steps: int, tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [16, 256, 1600, 4096, 83 * 83])
 @pytest.mark.parametrize("steps", [2, 7, 50])
 def test_schedule_equals_the_scheduler(tokens, steps):
-    ours = flow.schedule(steps, tokens)
+    ours = noise_levels(steps, tokens)
     torch.testing.assert_close(ours, scheduler_sigmas(steps, tokens), rtol=0, atol=2e-6)
     assert ours[0] == 1 and ours[-1] == 0 and ours[-2] == pytest.approx(0.02)
 
@@ -35,7 +36,7 @@ def test_shift_grows_with_resolution(side, mu):
 
 def test_one_step_is_refused():
     with pytest.raises(ValueError, match="at least 2 steps"):
-        flow.schedule(1, 256)
+        FixedSchedule(1)
 
 
 def test_velocity_carries_data_to_noise():

@@ -153,7 +153,7 @@ def test_bad_input_is_named(tmp_path):
 
 def test_adapters_of_a_run_are_merged_when_it_is_read(tmp_path, monkeypatch):
     from command_line import UserError, write_toml
-    from training.source import whole_weights
+    from training.loading import whole_weights
 
     @dataclass(frozen=True)
     class Run:

@@ -13,12 +13,16 @@ from tiny_models import CONFIG, random_model
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 from model.conditioner import Conditioner
-from model.diffusers_io.folder import load_transformer, locate, read_config, read_weights, write_pipeline
+from model.diffusers_io.config import locate, read_config
+from model.diffusers_io.folder import load_transformer, read_weights, write_pipeline
 from model.mmdit import MMDiT
+from model.sampling.draw import Sampler
+from model.sampling.schedule import FixedSchedule
 from model.text_to_image import TextToImage, to_uint8
-from training.source import load
+from training.loading import load
 from vae.autoencoder import VAE
 
+SAMPLER = Sampler(FixedSchedule(4))
 JOINT = replace(CONFIG, joint_attention_dim=128)
 PROMPTS, SIZES, SEEDS = ["a red circle", "two green stars on a table"], [(64, 96), (128, 48)], [3, 11]
 
@@ -57,12 +61,12 @@ def same_picture(maker: TextToImage, latent: torch.Tensor, theirs: np.ndarray) -
 
 def test_text_to_image(export):
     folder = export / "QwenImagePipeline"
-    maker = load(folder)
+    maker = load(folder, sampler=SAMPLER)
     pipe = QwenImagePipeline.from_pretrained(folder)
-    latents = maker.draw(PROMPTS, SIZES, SEEDS, steps=4)
+    latents = maker.latents(maker.requests(PROMPTS, SIZES, SEEDS))
     for prompt, (height, width), seed, latent in zip(PROMPTS, SIZES, SEEDS, latents, strict=True):
         same_picture(maker, latent, picture_by_diffusers(pipe, seed, prompt=prompt, height=height, width=width))
-    for latent, shown in zip(latents, maker.generate(PROMPTS, SIZES, SEEDS, steps=4), strict=True):
+    for latent, shown in zip(latents, maker.generate(PROMPTS, SIZES, SEEDS), strict=True):
         assert np.array_equal(shown, to_uint8(maker.decode(latent)))
 
 
@@ -70,9 +74,9 @@ def test_edit(export, monkeypatch):
     folder = export / "QwenImageEditPipeline"
     area = 64 * 64  # the pipeline's own 1024 x 1024 would take minutes
     patch_areas(monkeypatch, "pipeline_qwenimage_edit", area)
-    maker = TextToImage(*our_parts(folder, area), reference_area=area)
+    maker = TextToImage(*our_parts(folder, area), sampler=SAMPLER, reference_area=area)
     image = picture(100, 80)
-    (latent,) = maker.draw(["make it red"], [(48, 64)], [5], steps=4, images=[[image]])
+    (latent,) = maker.latents(maker.requests(["make it red"], [(48, 64)], [5], [[image]]))
     pipe = QwenImageEditPipeline.from_pretrained(folder, processor=processor(folder))
     same_picture(maker, latent, picture_by_diffusers(pipe, 5, prompt="make it red", image=image, height=48, width=64))
 
@@ -81,9 +85,10 @@ def test_edit_plus(export, monkeypatch):
     folder = export / "QwenImageEditPlusPipeline"
     area = 64 * 64
     patch_areas(monkeypatch, "pipeline_qwenimage_edit_plus", area)
-    maker = TextToImage(*our_parts(folder, area), reference_area=area)
+    maker = TextToImage(*our_parts(folder, area), sampler=SAMPLER, reference_area=area)
     images = [picture(100, 80), picture(60, 130, seed=1)]
-    latents = maker.draw(["a red star", "swap them"], [(48, 64), (64, 64)], [5, 6], steps=4, images=[[], images])
+    requests = maker.requests(["a red star", "swap them"], [(48, 64), (64, 64)], [5, 6], [[], images])
+    latents = maker.latents(requests)
     pipe = QwenImageEditPlusPipeline.from_pretrained(folder, processor=processor(folder))
     theirs = picture_by_diffusers(pipe, 6, prompt="swap them", image=images, height=64, width=64)
     same_picture(maker, latents[1], theirs)

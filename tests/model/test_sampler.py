@@ -6,15 +6,22 @@ import pytest
 import torch
 from tiny_models import CONFIG, EDIT_2511, random_model, relative
 
-from model.flow import schedule
 from model.packing import patchify
-from model.sampling.sampler import Condition, Guidance, log_prob, sample, sde_moments
+from model.sampling.draw import Request, Sampler
+from model.sampling.guidance import Condition, Guidance
+from model.sampling.schedule import FixedSchedule, noise_levels
+from model.sampling.step import CPS, SDE, log_prob
 
 SIZES = [(4, 6), (8, 8), (4, 6), (2, 2)]
 
 
 def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model, conditions, noise, steps, cfg_scale=4.0, align=16):
+    requests = [Request(c, n) for c, n in zip(conditions, noise, strict=True)]
+    return Sampler(FixedSchedule(steps), cfg_scale=cfg_scale, align=align).draw(model, requests).latents
 
 
 def conditions(config):
@@ -55,20 +62,20 @@ def test_guidance_of_a_zero_model_is_zero():
     assert torch.equal(guidance.combine(torch.zeros(12, 64)), torch.zeros(6, 64))
 
 
-@pytest.mark.parametrize("kind", ["flow-grpo", "cps"])
+@pytest.mark.parametrize("kind", [SDE, CPS])
 def test_no_noise_is_the_ode_exactly(kind):
     x, v = draw(40, 64), draw(40, 64, seed=1)
-    levels = schedule(10, 300)
+    levels = noise_levels(10, 300)
     for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
-        mean, std = sde_moments(x, v, sigma, sigma_next, 0.0, levels[1], kind)
+        mean, std = kind(0.0).moments(x, v, sigma, sigma_next)
         assert torch.equal(mean, x + (sigma_next - sigma) * v) and (std == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["flow-grpo", "cps"])
+@pytest.mark.parametrize("kind", [SDE, CPS])
 def test_last_step_is_the_ode_and_carries_no_probability(kind):
     x, v = draw(40, 64), draw(40, 64, seed=1).requires_grad_()
     sigma, last = torch.tensor(0.02), torch.tensor(0.0)
-    mean, std = sde_moments(x, v, sigma, last, 0.7, 0.97, kind)
+    mean, std = kind(0.7).moments(x, v, sigma, last)
     torch.testing.assert_close(mean, x - 0.02 * v)
     density = log_prob(mean.detach(), mean, std)
     assert (density == 0).all()
@@ -87,7 +94,7 @@ def test_flow_grpo_step_follows_the_official_code(sigma, sigma_next):
     std = std_dev_t * torch.sqrt(-1 * dt)
     x_next = mean + std * noise
 
-    ours = sde_moments(x, v, sigma, sigma_next, level, sigma_max)
+    ours = SDE(level).moments(x, v, sigma, sigma_next)
     torch.testing.assert_close(ours[0], mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours[1], std)
     expected = torch.distributions.Normal(mean, std).log_prob(x_next)
@@ -98,7 +105,7 @@ def test_cps_keeps_the_coefficients():
     """x' = (1 - sigma') x0 + sigma' (cos eps + sin w): the noise in x' has standard deviation sigma', as in the ODE."""
     x0, eps, w = draw(40, 64), draw(40, 64, seed=1), draw(40, 64, seed=2)
     sigma, sigma_next, level = torch.tensor(0.8), torch.tensor(0.6), 0.7
-    mean, std = sde_moments((1 - sigma) * x0 + sigma * eps, eps - x0, sigma, sigma_next, level, 0.95, "cps")
+    mean, std = CPS(level).moments((1 - sigma) * x0 + sigma * eps, eps - x0, sigma, sigma_next)
     angle = level * math.pi / 2
     expected = (1 - sigma_next) * x0 + sigma_next * (math.cos(angle) * eps + math.sin(angle) * w)
     torch.testing.assert_close(mean + std * w, expected, rtol=1e-5, atol=1e-5)
@@ -112,7 +119,7 @@ def test_stochastic_steps_keep_the_marginal():
     x = draw(n) * spread(levels[0])
     for i, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         v = (sigma - (1 - sigma) * data_std**2) / spread(sigma) ** 2 * x  # E[eps - x0 | x]
-        mean, std = sde_moments(x, v, sigma, sigma_next, 0.7, 1.0)
+        mean, std = SDE(0.7).moments(x, v, sigma, sigma_next)
         x = mean + std * draw(n, seed=i + 1)
     assert x.std().item() == pytest.approx(spread(levels[-1]).item(), rel=0.02)
 
@@ -120,9 +127,9 @@ def test_stochastic_steps_keep_the_marginal():
 def test_bad_input_is_named():
     (c,) = conditions(CONFIG)[:1]
     with pytest.raises(ValueError, match="negative prompt"):
-        sample(random_model(), [Condition(c.txt)], [draw(16, 1, 4, 4)])
+        sample(random_model(), [Condition(c.txt)], [draw(16, 1, 4, 4)], steps=2)
     with pytest.raises(ValueError, match="1 conditions, but 2 sizes"):
-        sample(random_model(), [c], [draw(16, 1, 4, 4)] * 2)
+        Guidance([c], [(1, 2, 2)] * 2)
     with pytest.raises(ValueError, match="at least 2 steps"):
         sample(random_model(), [c], [draw(16, 1, 4, 4)], steps=1)
     with pytest.raises(ValueError, match="NaN"):

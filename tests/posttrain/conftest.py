@@ -11,8 +11,8 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
         "torch.utils.tensorboard",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
         "training.engine.step",
-        "training.samples",
-        "posttrain.objectives",
+        "training.hooks",
+        "posttrain.flow_grpo",
         "rewards.shapes",
     ]
 )

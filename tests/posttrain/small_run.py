@@ -9,6 +9,7 @@ import torch
 
 from model.config import MMDiTConfig
 from training.engine.config import EngineConfig, OptimizerConfig
+from training.start import main
 
 CONFIG = MMDiTConfig(2, 2, 16, joint_attention_dim=128, axes_dims_rope=(4, 6, 6))
 SIZE_PX = 32
@@ -36,7 +37,7 @@ def make_run(rank: int, folder: Path, components: Path) -> None:
     from data_pipeline.sample import EncodedSample
     from posttrain.flow_grpo import Config
     from training.engine.step import Engine
-    from training.objective import VelocityMSE
+    from training.flow_matching import VelocityMSE
     from training.randomness import Randomness
 
     engine = Engine(CONFIG, EngineConfig(optimizer=OptimizerConfig(lr=0.0)), 1)
@@ -52,10 +53,11 @@ def run_entry(rank: int, name: str, steps: int, save_every: int, lr: float = 1e-
     """`python posttrain/NAME.py` with these settings."""
     os.environ["RANK"] = str(rank)
     entry = importlib.import_module(f"posttrain.{name}")
-    config = replace(entry.Config(), **{"validate_every": 0, **settings})
+    (trainer,) = (c for n, c in vars(entry).items() if n.lower() == name.replace("_", ""))
+    config = replace(entry.Config.recipe(CONFIG), **{"validate_every": 0, **settings})
     config = replace(
         config,
         loop=replace(config.loop, steps=steps, save_every=save_every),
         engine=replace(config.engine, optimizer=OptimizerConfig(lr=lr, warmup_steps=0), ema_decay=0.9),
     )
-    entry.main(config)
+    main(config, trainer)

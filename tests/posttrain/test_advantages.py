@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from posttrain.advantages import batch_std, group_advantages
+from posttrain.rollout.credit import batch_std, group_advantages
 
 
 def test_advantages_are_standard_scores_within_each_group():

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from data_pipeline.sample import EncodedSample
 from model.config import MMDiTConfig
 from model.mmdit import MMDiT
-from posttrain.objectives import DiffusionDPO, dpo_loss
+from posttrain.dpo import DPO, dpo_loss
 from posttrain.preference import Pair, best_and_worst
 from training.randomness import Randomness
 
@@ -36,10 +37,16 @@ def model(seed=0):
     return net
 
 
-def step(objective, policy, reference, batch, seed=0):
-    with torch.no_grad():
-        inputs = objective.prepare(batch, Randomness(seed), lambda name, x: {"reference": reference}[name](x), 16)
-    return objective.loss(policy(inputs), batch, inputs)
+def dpo(beta):
+    """The algorithm apart from where its pairs come from."""
+    algorithm = object.__new__(DPO)
+    algorithm.config = SimpleNamespace(beta=beta)
+    return algorithm
+
+
+def step(algorithm, policy, reference, batch, seed=0):
+    inputs, target = algorithm.prepare(batch, Randomness(seed), 16)
+    return algorithm.loss(policy, {"reference": torch.no_grad()(reference.__call__)}, inputs, target)
 
 
 def test_loss_and_gradient_equal_the_papers_formula_written_out():
@@ -59,7 +66,7 @@ def test_loss_and_gradient_equal_the_papers_formula_written_out():
 def test_objective_equals_independent_loop_over_pairs():
     """Whole path: model, packs, noise and noise levels, against plain tensors and one forward a picture."""
     policy, reference, batch = model(1), model(2), [pair(1), pair(2, size=(4, 1, 2, 8), txt=7)]
-    loss, weight, metrics = step(DiffusionDPO(beta=3.0), policy, reference, batch)
+    loss, weight, metrics = step(dpo(beta=3.0), policy, reference, batch)
     loss.backward()
     got = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
@@ -90,7 +97,7 @@ def test_objective_equals_independent_loop_over_pairs():
 
 def test_policy_equal_to_reference_is_undecided():
     batch = [pair(1), pair(2), pair(3)]
-    loss, weight, metrics = step(DiffusionDPO(beta=100.0), model(1), model(1), batch)
+    loss, weight, metrics = step(dpo(beta=100.0), model(1), model(1), batch)
     assert loss.item() / weight == pytest.approx(math.log(2))
     assert metrics["accuracy"].item() / weight == 0.5
     for name in ("margin", "win_gain", "lose_gain"):
@@ -101,15 +108,15 @@ def test_swapping_winner_and_loser_turns_the_margin_around():
     policy, reference = model(1), model(2)
     batch = [pair(1), pair(2)]
     swapped = [Pair(p.key, p.lose, p.win) for p in batch]
-    _, _, one = step(DiffusionDPO(beta=1.0), policy, reference, batch)
-    _, _, other = step(DiffusionDPO(beta=1.0), policy, reference, swapped)
+    _, _, one = step(dpo(beta=1.0), policy, reference, batch)
+    _, _, other = step(dpo(beta=1.0), policy, reference, swapped)
     torch.testing.assert_close(one["margin"], -other["margin"])
     assert one["accuracy"] + other["accuracy"] == len(batch)
 
 
 def test_training_moves_the_margin_and_the_control_does_not():
     policy, reference, batch = model(1), model(1), [pair(1), pair(2)]
-    objective = DiffusionDPO(beta=50.0)
+    objective = dpo(beta=50.0)
     heldout = 99
 
     def margin():

@@ -7,6 +7,9 @@ import torch
 from small_run import CONFIG, random_weights
 from worlds import run_world
 
+from model.sampling.draw import Sampler
+from model.sampling.guidance import Condition
+from model.sampling.schedule import FixedSchedule
 from model.text_to_image import TextToImage
 
 GROUP, SIZE_PX = 16, 32
@@ -20,20 +23,27 @@ class LinearVAE:
         return (latent[:, :3] / 3).clamp(-1, 1).repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
 
 
-class OnePrompt:
-    def encode(self, prompts, images=None):
-        return [EMPTY if p == " " else TXT for p in prompts]
-
-
 def brightness(images, prompts, metadata):
     return {"reward": torch.tensor([i.mean() / 255 for i in images], dtype=torch.float32)}
 
 
-def learn(rank: int, folder: Path, lr: float, kind: str, cfg_scale: float) -> tuple[float, float, float]:
-    """(brightness before, brightness after, KL at the end) of ODE pictures at seeds that training doesn't use."""
-    from posttrain.objectives import FlowGRPO
-    from posttrain.prompts import Prompt
-    from posttrain.rollout import Rollouts
+def bandit_studio(engine):
+    """A studio of one prompt, without a text encoder."""
+    from training.studio import Studio
+
+    class Bandit(Studio):
+        vae, conditioner = LinearVAE(), None
+
+        def conditions(self, texts):
+            return [Condition(TXT, EMPTY)] * len(texts)
+
+    return Bandit(engine, None, 10**6)
+
+
+def learn(rank: int, folder: Path, lr: float, config, algorithm: str) -> tuple[float, float, dict]:
+    """(brightness before, brightness after, last metrics) of ODE pictures at seeds that training doesn't use."""
+    from command_line import load_named
+    from posttrain.rollout.prompts import Prompt
     from training.engine.config import EngineConfig, OptimizerConfig
     from training.engine.step import Engine
     from training.loop import LoopConfig, train
@@ -42,31 +52,42 @@ def learn(rank: int, folder: Path, lr: float, kind: str, cfg_scale: float) -> tu
     settings = EngineConfig(optimizer=OptimizerConfig(lr=lr, warmup_steps=0))
     engine = Engine(CONFIG, settings, 25)
     engine.load_weights(random_weights(engine.model.named_parameters(), scale=0.05))
-    engine.snapshot("reference")
-    artist = TextToImage(engine.model, OnePrompt(), LinearVAE(), align=engine.align)
+    trainer = load_named(algorithm)(config, bandit_studio(engine), brightness)
+    trainer.prompts = [Prompt("p", "any", {})]
+    for name, policy in trainer.frozen.items():
+        engine.frozen.keep(name, policy)
+    sampler = Sampler(FixedSchedule(10), cfg_scale=config.cfg_scale, align=engine.align)
+    artist = TextToImage(engine.model, None, LinearVAE(), sampler=sampler)
+    artist.encode = lambda prompts, images: [Condition(TXT, EMPTY)] * len(prompts)
 
     def score() -> float:
-        pictures = artist.generate(["any"] * 16, [(SIZE_PX, SIZE_PX)] * 16, list(range(16)), 10, cfg_scale)
+        pictures = artist.generate(["any"] * 16, [(SIZE_PX, SIZE_PX)] * 16, list(range(16)))
         return brightness(pictures, None, None)["reward"].mean().item()
 
-    objective = FlowGRPO(clip=0.0256, beta=0.001)
-    batches = Rollouts(
-        engine=engine, artist=artist, reward=brightness, objective=objective, prompts=[Prompt("p", "any", {})],
-        prompts_per_update=1, group=GROUP, size_px=SIZE_PX, steps=6, cfg_scale=cfg_scale, noise_level=0.7, kind=kind,
-        window=0, max_tokens=10**6, advantage_std="group", updates_per_rollout=1, seed=0,
-    )  # fmt: skip
     before = score()
-    train(engine, objective, batches, LoopConfig(steps=25, save_every=25), RunFolder(folder, settings))
-    after = score()
-    return before, after, read_metrics(folder)[-1]["kl"]
+    train(engine, trainer, trainer.batches(), LoopConfig(steps=25, save_every=25), RunFolder(folder, settings))
+    return before, score(), read_metrics(folder)[-1]
+
+
+def grpo(**settings):
+    from posttrain.flow_grpo import Config
+
+    return Config(
+        prompts_per_update=1, group=GROUP, size_px=SIZE_PX, sampling_steps=6, window=0, beta=0.001, **settings
+    )  # fmt: skip
+
+
+GRPO = "posttrain.flow_grpo:FlowGRPO"
 
 
 @pytest.mark.parametrize("kind, cfg_scale", [("flow-grpo", 2.0), ("cps", 1.0)])
 def test_reward_rises(kind, cfg_scale, tmp_path):
-    before, after, kl = run_world(1, learn, tmp_path, 3e-3, kind, cfg_scale, deadline_s=400)[0]
-    assert after > before + 0.08 and kl > 0
+    config = grpo(sde=kind, cfg_scale=cfg_scale)
+    before, after, metrics = run_world(1, learn, tmp_path, 3e-3, config, GRPO, deadline_s=400)[0]
+    assert after > before + 0.08 and metrics["kl"] > 0
 
 
 def test_without_a_learning_rate_nothing_rises(tmp_path):
-    before, after, kl = run_world(1, learn, tmp_path, 0.0, "flow-grpo", 2.0, deadline_s=400)[0]
-    assert after == before and kl == 0
+    config = grpo(cfg_scale=2.0)
+    before, after, metrics = run_world(1, learn, tmp_path, 0.0, config, GRPO, deadline_s=400)[0]
+    assert after == before and metrics["kl"] == 0

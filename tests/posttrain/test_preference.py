@@ -12,7 +12,7 @@ from data_pipeline.encoding import Encoder
 from data_pipeline.loader import Loader
 from data_pipeline.sample import EncodedSample
 from posttrain.preference import ITEMS_PER_SHARD, PairDataset, is_finished, list_judged, write_pairs
-from posttrain.prompts import read_prompts
+from posttrain.rollout.prompts import read_prompts
 from training.run_folder import read_metrics
 
 

@@ -1,17 +1,19 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from model.config import MMDiTConfig
-from model.flow import schedule
 from model.mmdit import MMDiT
 from model.packing import patchify
-from model.sampling.sampler import Condition, Guidance, sample
-from posttrain.objectives import FlowGRPO, clipped_ratio_loss
-from posttrain.rollout import random_steps, rollout
+from model.sampling.draw import Request, Sampler
+from model.sampling.guidance import Condition
+from model.sampling.schedule import FixedSchedule, noise_levels
+from model.sampling.step import CPS, SDE, Window
+from posttrain.flow_grpo import Config, Credited, FlowGRPO, clipped_ratio_loss, guarded_log_ratio, random_steps
 from training.randomness import Randomness
 
 CONFIG = MMDiTConfig(2, 2, 16, joint_attention_dim=8, in_channels=16, out_channels=4, axes_dims_rope=(4, 6, 6))
@@ -31,9 +33,7 @@ def model(seed=0):
     return net
 
 
-def guidance(cfg_scale=3.0, sizes=((1, 2, 3), (1, 2, 2))):
-    conditions = [Condition(randn(3 + i, 8, seed=i), randn(2, 8, seed=9)) for i in range(len(sizes))]
-    return Guidance(conditions, list(sizes), cfg_scale)
+KINDS = {"flow-grpo": SDE, "cps": CPS}
 
 
 def noise(sizes=((1, 2, 3), (1, 2, 2))):
@@ -44,23 +44,41 @@ def draw(picture, step, shape):
     return Randomness(0).normal(f"p{picture}", 0, "sde", shape, draw=step)
 
 
-def roll(net, kind="flow-grpo", cfg_scale=3.0, level=0.7, random=range(STEPS - 1)):
-    return rollout(net, guidance(cfg_scale), noise(), draw, STEPS, random, level, kind)
+def requests(start):
+    return [
+        Request(Condition(randn(3 + i, 8, seed=i), randn(2, 8, seed=9)), n, partial(draw, i))
+        for i, n in enumerate(start)
+    ]
 
 
-def grpo(net, reference, transition, clip=1.0, beta=0.0, ratio="likelihood"):
-    objective = FlowGRPO(clip, beta, ratio)
-    with torch.no_grad():
-        inputs = objective.prepare([transition], Randomness(0), lambda name, x: {"reference": reference}[name](x), 16)
-    return objective.loss(net(inputs), [transition], inputs)
+def roll(net, kind="flow-grpo", cfg_scale=3.0, level=0.7, random=range(STEPS - 1), start=None):
+    """(latents, transitions)"""
+    sampler = Sampler(FixedSchedule(STEPS), Window(KINDS[kind](level), random), cfg_scale)
+    drawn = sampler.draw(net, requests(start or noise()))
+    return drawn.latents, drawn.transitions
+
+
+def algorithm(clip=1.0, beta=0.0, ratio="likelihood"):
+    """The algorithm apart from where its pictures come from."""
+    grpo = object.__new__(FlowGRPO)
+    grpo.config = Config(clip_range=clip, beta=beta, ratio=ratio)
+    return grpo
+
+
+def grpo(net, reference, transition, advantage=None, **settings):
+    advantage = torch.zeros(len(transition.log_prob)) if advantage is None else advantage
+    one = algorithm(**settings)
+    inputs, aux = one.prepare([Credited(transition, advantage)], Randomness(0), 16)
+    frozen = {} if reference is None else {"reference": torch.no_grad()(reference.__call__)}
+    return one.loss(net, frozen, inputs, aux)
 
 
 def test_without_random_steps_it_is_the_sampler():
-    net, g = model(), guidance()
-    conditions = [Condition(randn(3 + i, 8, seed=i), randn(2, 8, seed=9)) for i in range(2)]
-    latents, transitions = rollout(net, g, noise(), draw, STEPS, (), 0.7)
+    net = model()
+    latents, transitions = roll(net, random=range(0))
     assert transitions == []
-    for a, b in zip(latents, sample(net, conditions, noise(), STEPS, 3.0), strict=True):
+    plain = Sampler(FixedSchedule(STEPS), cfg_scale=3.0).draw(net, requests(noise())).latents
+    for a, b in zip(latents, plain, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -84,9 +102,9 @@ def test_log_prob_is_that_of_torch_distributions(kind):
 def test_steps_follow_the_papers_sde():
     """Mean and std of Flow-GRPO's Eq. 9 written out for one picture, sigma = 1 taken as the second level."""
     net = model()
-    g, x = guidance(1.0, ((1, 2, 3),)), patchify(noise()[0])
-    sigmas = schedule(STEPS, 6).double()
-    _, transitions = rollout(net, g, noise()[:1], draw, STEPS, range(STEPS - 1), 0.7)
+    x = patchify(noise()[0])
+    sigmas = noise_levels(STEPS, 6).double()
+    _, transitions = roll(net, cfg_scale=1.0, start=noise()[:1])
     for k, t in enumerate(transitions):
         torch.testing.assert_close(t.x, x)
         with torch.no_grad():
@@ -114,14 +132,14 @@ def test_on_policy_ratio_is_exactly_one(kind, cfg_scale):
 def test_on_policy_gradient_is_that_of_reinforce():
     """At ratio 1 the gradient of the loss is -A grad log p, here with torch.distributions' log-density."""
     net = model()
-    t = replace(roll(net)[1][1], advantage=torch.tensor([1.5, -0.5]))
-    loss, weight, _ = grpo(net, None, t)
+    t, advantage = roll(net)[1][1], torch.tensor([1.5, -0.5])
+    loss, weight, _ = grpo(net, None, t, advantage)
     loss.backward()
     got = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
     mean, std = t.moments(net(t.inputs()))
     density = Normal(mean, std.expand_as(mean)).log_prob(t.x_next)
-    (-sum(a * d.mean() for a, d in zip(t.advantage, t.guidance.split(density), strict=True))).backward()
+    (-sum(a * d.mean() for a, d in zip(advantage, t.guidance.split(density), strict=True))).backward()
     assert weight == 2.0 and got
     for name, p in net.named_parameters():
         if p.grad is not None:
@@ -135,10 +153,10 @@ def test_guarded_ratio_weighs_all_steps_alike():
         with torch.no_grad():
             v, v_old = other(t.inputs()), net(t.inputs())
         mean, std = t.moments(v)
-        got, dt = t.guarded_log_ratio(mean, std), t.sigma - t.sigma_next
+        got, dt = guarded_log_ratio(t, mean, std), t.sigma - t.sigma_next
         bias = t.per_picture((mean - t.mean) ** 2 / (2 * std**2))
         scale = torch.stack([s[0, 0] for s in t.guidance.split(std)]) / dt
-        torch.testing.assert_close(got, (t.log_ratio(mean, std) + bias) * scale, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(got, (t.mean_log_prob(mean, std) - t.log_prob + bias) * scale, rtol=1e-3, atol=1e-4)
         if k:  # at sigma = 1 the formula's factor is 1
             noise = torch.cat([draw(i, k, tuple(x.shape)) for i, x in enumerate(t.guidance.split(mean))])
             wanted = -(1 + 0.7**2 / 2) * t.per_picture(noise * (v - v_old))
@@ -147,9 +165,9 @@ def test_guarded_ratio_weighs_all_steps_alike():
 
 def test_gradient_flows_through_both_branches_of_guidance():
     net = model()
-    t = replace(roll(net)[1][0], advantage=torch.ones(2))
+    t = roll(net)[1][0]
     inputs = replace(t.inputs(), txt=t.inputs().txt.clone().requires_grad_())
-    loss, _, _ = FlowGRPO(clip=1.0, beta=0.0).loss(net(inputs), [t], inputs)
+    loss, _, _ = algorithm().loss(net, {}, inputs, Credited(t, torch.ones(2)))
     (grad,) = torch.autograd.grad(loss, inputs.txt)
     positive, negative = grad[:7], grad[7:11]
     assert positive.abs().max() > 0 and negative.abs().max() > 0
@@ -178,7 +196,7 @@ def test_kl_equals_its_velocity_form():
         total = 0.0
         for i, d in enumerate(dv):
             sigma, dt = t.sigma[i], t.sigma_next[i] - t.sigma[i]
-            s = 0.7 * (sigma / (1 - (t.sigma_max[i] if sigma == 1 else sigma))).sqrt()
+            s = 0.7 * (sigma / (1 - (t.sigma_next[i] if sigma == 1 else sigma))).sqrt()
             total += -dt / 2 * (s * (1 - sigma) / (2 * sigma) + 1 / s) ** 2 * (d**2).mean()
         torch.testing.assert_close(metrics["kl"], total, rtol=1e-4, atol=1e-6)
 
@@ -195,7 +213,7 @@ def test_clipping_is_ppos():
 def test_ratio_moves_with_the_policy_by_the_stated_unit():
     """For a small change of the policy the log ratio's spread is sqrt(2 KL / D): why clip scales with 1/sqrt(D)."""
     net = model()
-    _, transitions = rollout(net, guidance(1.0, ((1, 16, 16),) * 8), noise(((1, 16, 16),) * 8), draw, STEPS, (1,), 0.7)
+    _, transitions = roll(net, cfg_scale=1.0, random=range(1, 2), start=noise(((1, 16, 16),) * 8))
     (t,) = transitions
     other = model()
     with torch.no_grad():
@@ -222,6 +240,5 @@ def test_window_lies_in_the_first_half_and_the_last_step_is_never_random():
 def test_a_picture_depends_on_its_own_draws_alone():
     net = model()
     whole, _ = roll(net)
-    conditions = [Condition(randn(3, 8, seed=0), randn(2, 8, seed=9))]
-    alone, _ = rollout(net, Guidance(conditions, [(1, 2, 3)], 3.0), noise()[:1], draw, STEPS, range(STEPS - 1), 0.7)
+    alone, _ = roll(net, start=noise()[:1])
     torch.testing.assert_close(alone[0], whole[0], rtol=1e-4, atol=1e-5)

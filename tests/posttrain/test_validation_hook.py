@@ -12,29 +12,32 @@ def validate(rank: int, components: Path, init: Path, out: Path) -> np.ndarray:
     """Pictures that the hook draws with the weights of `init`; their scores go to validation.jsonl."""
     from small_run import CONFIG
 
-    from evaluation.validation import validations
+    from evaluation.validation import ShapesValidation
+    from model.sampling.draw import Sampler
+    from model.sampling.schedule import FixedSchedule
     from training.engine.config import EngineConfig
     from training.engine.step import Engine
+    from training.hooks import ValidationHook
     from training.run_folder import RunFolder
-    from vae.autoencoder import VAE
+    from training.studio import SharedGenerator, Studio
 
     engine = Engine(CONFIG, EngineConfig(), 1)
     engine.load_run(init)
     run = RunFolder(out, {}, engine.rank == 0)
     run.open(0)
-    (hook,) = validations(1, run, engine, components, SIZE_PX, VAE.from_folder(components))
-    hook.conditions, hook.steps = hook.conditions[:5], 3
-    hook(engine, 0)
-    pictures = np.stack(hook.draw(engine))
+    validation = ShapesValidation(n=5)
+    generator = SharedGenerator(Studio(engine, components, 4096), validation.texts, Sampler(FixedSchedule(3)))
+    ValidationHook(1, run, generator, validation, SIZE_PX)(engine, 0)
+    pictures = generator.generate(validation.texts, [(SIZE_PX, SIZE_PX)] * 5, validation.seeds)
     run.close()
     engine.close()
-    return pictures
+    return np.stack(pictures)
 
 
 def test_two_processes_share_the_pictures_of_one(components, init, tmp_path):
     (alone,) = run_world(1, validate, components, init, tmp_path / "one")
     both = run_world(2, validate, components, init, tmp_path / "two")
-    for pictures in both:  # five pictures: one of the two ranks draws a picture too many
+    for pictures in both:  # five pictures: one of the two ranks draws one more
         assert np.abs(pictures.astype(int) - alone).max() <= 1
     assert len(np.unique(alone.reshape(5, -1), axis=0)) == 5
     rows = [json.loads((tmp_path / name / "validation.jsonl").read_text()) for name in ("one", "two")]

@@ -12,7 +12,7 @@ from model.config import LoRAConfig, MMDiTConfig
 from model.lora import add_adapters
 from model.mmdit import MMDiT
 from model.ops import Ops, full_shape, local_shard
-from training.objective import VelocityMSE, per_sample_mean
+from training.flow_matching import VelocityMSE, per_sample_mean
 from training.randomness import Randomness
 
 CONFIG = MMDiTConfig(
@@ -77,11 +77,11 @@ def reference_gradients(
             for param in model.parameters():
                 draw = 2 * torch.rand(param.shape, generator=rounding, dtype=param.dtype) - 1
                 param.mul_(1 + draw * 2**-24)
-    inputs = VelocityMSE().prepare(batch, Randomness(7), None, align=16)
+    inputs, target = VelocityMSE().prepare(batch, Randomness(7), align=16)
     with mock.patch("model.layers.norm_rotate", _norm_rotate):
         output = model(inputs)
     assert output.dtype == torch.float64
-    per_sample_mean((output - inputs.target) ** 2, inputs).mean().backward()
+    per_sample_mean((output - target) ** 2, inputs).mean().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -106,7 +106,7 @@ def _norm_rotate(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor
 def backward(model: nn.Module, batch: list[EncodedSample]) -> float:
     """Add the gradient of the batch's mean loss, by plain torch; returns the loss."""
     objective = VelocityMSE()
-    inputs = objective.prepare(batch, Randomness(7), None, align=16)
-    total, count, _ = objective.loss(model(inputs), batch, inputs)
+    inputs, target = objective.prepare(batch, Randomness(7), align=16)
+    total, count, _ = objective.loss(model, {}, inputs, target)
     (total / count).backward()
     return (total / count).item()

@@ -10,7 +10,7 @@ def gradients(settings: dict, batches: list[list]) -> list[dict]:
     """Gradients of every parameter by an engine of one process, for one batch after the other."""
     from training.engine.config import EngineConfig
     from training.engine.step import Engine
-    from training.objective import VelocityMSE
+    from training.flow_matching import VelocityMSE
     from training.randomness import Randomness
 
     engine = Engine(CONFIG, EngineConfig(**settings))

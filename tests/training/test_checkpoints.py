@@ -34,7 +34,7 @@ def filled(engine):
 
 
 def step(engine, epoch: int) -> dict[str, float]:
-    from training.objective import VelocityMSE
+    from training.flow_matching import VelocityMSE
     from training.randomness import Randomness
 
     return engine.step(VelocityMSE(), [samples(epoch)[engine.dp_rank :: engine.dp_size]], Randomness(0))
@@ -123,8 +123,9 @@ def start_from(rank: int, source: Path, layout: tuple[int, int, bool]) -> dict[s
         for name, tensor in read_tensors(resolve(source)).items():
             param = expected.get_parameter(name)
             param.copy_(local_shard(param, tensor))
-    fresh = engine.ema.updates == 0 and engine.step_count == 0
-    average = all(torch.equal(engine.ema.average[n], w.float()) for n, w in engine.shards.masters().items())
+    fresh = engine.frozen.averages["ema"].updates == 0 and engine.step_count == 0
+    ema = engine.frozen.averages["ema"].average
+    average = all(torch.equal(ema[n], w.float()) for n, w in engine.shards.masters().items())
     return {
         "weights": all(torch.equal(ours[n], p) for n, p in expected.named_parameters()),
         "fresh": fresh,

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from training.ema import EMA
+from training.ema import MovingAverage, ramped
 
 
 def test_equals_torchs_averaged_model():
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
-    ema = EMA(dict(model.named_parameters()), decay=0.4)
+    ema = MovingAverage(dict(model.named_parameters()), ramped(0.4))
     decays = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 0.4, 0.4]
 
     def average(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_equals_torchs_averaged_model():
 
 def test_averages_low_precision_weights_in_fp32():
     weight = torch.ones(1, dtype=torch.bfloat16)
-    ema = EMA({"w": weight}, decay=0.999)
+    ema = MovingAverage({"w": weight}, ramped(0.999))
     ema.updates = 10**6
     weight.fill_(1.0078125)  # the next bfloat16
     for _ in range(10):
@@ -42,7 +42,7 @@ def test_averages_low_precision_weights_in_fp32():
 
 def test_reset_starts_over():
     weight = torch.zeros(2)
-    ema = EMA({"w": weight}, decay=0.9)
+    ema = MovingAverage({"w": weight}, ramped(0.9))
     ema.update()
     weight.fill_(3.0)
     ema.reset()
@@ -52,4 +52,4 @@ def test_reset_starts_over():
 @pytest.mark.parametrize("decay", [1.0, -0.1, 2.0])
 def test_refuses_what_is_no_decay(decay: float):
     with pytest.raises(ValueError, match="lies in"):
-        EMA({}, decay)
+        ramped(decay)

@@ -74,7 +74,7 @@ def largest_errors(
 
 
 def compare_gradients(rank: int, layouts: dict, settings: dict, build=MMDiT) -> dict[str, dict]:
-    from training.objective import VelocityMSE
+    from training.flow_matching import VelocityMSE
     from training.randomness import Randomness
 
     expected = reference_gradients(build)
@@ -92,7 +92,7 @@ def compare_gradients(rank: int, layouts: dict, settings: dict, build=MMDiT) -> 
 
 def compare_steps(rank: int, layouts: dict) -> dict[str, list]:
     """Three steps against torch's AdamW and clipping; the moving average against its definition."""
-    from training.objective import VelocityMSE
+    from training.flow_matching import VelocityMSE
     from training.randomness import Randomness
 
     model = fill(MMDiT(CONFIG))
@@ -123,13 +123,14 @@ def compare_steps(rank: int, layouts: dict) -> dict[str, list]:
             assert metrics["samples"] == 4 and metrics["skipped"] == 0
         weights = {n: whole(p, p.detach(), engine) for n, p in engine.model.named_parameters() if p.requires_grad}
         averages = {
-            n: whole(engine.model.get_parameter(n), w, engine) for n, w in engine.shards.gather(engine.ema.average)
+            n: whole(engine.model.get_parameter(n), w, engine)
+            for n, w in engine.shards.gather(engine.frozen.averages["ema"].average)
         }
-        inputs = VelocityMSE().prepare(samples(), Randomness(7), None, engine.align)
+        inputs, _ = VelocityMSE().prepare(samples(), Randomness(7), engine.align)
         reference = fill(MMDiT(CONFIG))
         reference.load_state_dict(averages, strict=False)
         with torch.no_grad():
-            frozen_error = (engine.frozen("ema", inputs) - reference(inputs)).abs().max().item()
+            frozen_error = (engine.frozen["ema"](inputs) - reference(inputs)).abs().max().item()
         problems[name] = [
             torch.tensor(found).sub(torch.tensor(expected)).abs().max().item(),
             max((weights[n] - p.detach()).abs().max().item() for n, p in named),

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from training.run_folder import named_by
+from training.source import named_by
 
 
 def test_a_folder_that_a_run_names_is_found_from_elsewhere(tmp_path: Path, monkeypatch):

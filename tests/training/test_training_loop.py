@@ -16,8 +16,8 @@ from worlds import run_world, start
 
 from model.packing import ModelInputs
 from training.engine.checkpoint import list_checkpoints, read_weights
+from training.flow_matching import VelocityMSE
 from training.loop import LoopConfig
-from training.objective import VelocityMSE
 from training.run_folder import read_metrics
 
 
@@ -163,7 +163,7 @@ def test_the_loop_ends_with_its_batches(tmp_path: Path):
     assert count_rows(tmp_path) == 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Poisoned(VelocityMSE):
     """The loss, or a gradient, of one sample of one epoch is not finite."""
 
@@ -171,13 +171,22 @@ class Poisoned(VelocityMSE):
     key: str = "sample-3"
     where: str = "loss"
 
-    def loss(self, output, batch, inputs: ModelInputs):
-        if any(s.key == self.key and s.epoch == self.epoch for s in batch):
-            if self.where == "loss":
-                output = output * torch.nan
-            else:
+    def prepare(self, batch, rng, align):
+        inputs, target = super().prepare(batch, rng, align)
+        return inputs, (target, any(s.key == self.key and s.epoch == self.epoch for s in batch))
+
+    def loss(self, model, frozen, inputs: ModelInputs, aux):
+        target, poisoned = aux
+
+        def bad(inputs):
+            output = model(inputs)
+            if poisoned and self.where == "loss":
+                return output * torch.nan
+            if poisoned:
                 output.register_hook(lambda grad: grad * torch.inf)
-        return super().loss(output, batch, inputs)
+            return output
+
+        return super().loss(bad, frozen, inputs, target)
 
 
 def poisoned_steps(rank: int, where: str) -> tuple:
@@ -197,7 +206,7 @@ def poisoned_steps(rank: int, where: str) -> tuple:
             metrics = engine.step(Poisoned(where=where), batch, Randomness(0))
             changed = any(not torch.equal(before[n], p) for n, p in engine.model.named_parameters())
             assert changed == (epoch != 2)
-        averages = {n: w.clone() for n, w in engine.shards.gather(engine.ema.average)}
+        averages = {n: w.clone() for n, w in engine.shards.gather(engine.frozen.averages["ema"].average)}
         weights = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
         results.append((metrics["skipped"], weights, averages))
     (skipped, *with_poison), (none, *without) = results

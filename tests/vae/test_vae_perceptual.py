@@ -108,8 +108,8 @@ def test_the_vae_learns_from_them_and_they_do_not_learn(kind, request):
     norms = {}
     for ratio in (0.0, 0.5):
         objective = Reconstruction(crop=32, least_area=32, perceptual_ratio=ratio, kl_weight=0.0, perceptual=distance)
-        crops = objective.prepare(sources, Randomness(0), None, 1)
-        loss, weight, metrics = objective.loss(vae(crops), sources, crops)
+        crops, _ = objective.prepare(sources, Randomness(0), 1)
+        loss, weight, metrics = objective.loss(vae, {}, crops, None)
         assert weight == 2 and metrics["perceptual"] > 0
         (norms[ratio],) = torch.autograd.grad(loss, [vae.decoder.conv_out.weight])
     assert norms[0.5].isfinite().all() and (norms[0.5] - norms[0.0]).abs().max() > 1e-3 * norms[0.0].abs().max()

@@ -21,14 +21,13 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed.checkpoint as torch_checkpoint
-from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-
+from files import fsync
 from model.config import MMDiTConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STATE, MANIFEST = "state.json", "manifest.json"
 
@@ -59,14 +58,17 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, list]:
     return entries
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None; of `parts` readers this one checks every parts-th file."""
+def damage(folder: Path, part: int = 0, parts: int = 1, thorough: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None; of `parts` readers this one checks every parts-th file.
+
+    Unless `thorough`, files are not read.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, (size, expected) in sorted(manifest.items())[part::parts]:
             if (folder / name).stat().st_size != size:
                 return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
-            if digest(folder / name) != expected:
+            if thorough and digest(folder / name) != expected:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -88,12 +90,15 @@ def passed_over(folder: Path, problem: str) -> str:
     return f"checkpoint {folder} is damaged ({problem}), so it is passed over"
 
 
-def resolve(source: Path) -> Path:
-    """The newest intact checkpoint of `candidates(source)`; ValueError if there is none."""
+def resolve(source: Path, thorough: bool = True) -> Path:
+    """The newest intact checkpoint of `candidates(source)`; ValueError if there is none.
+
+    Unless `thorough`, only sizes are looked at: for those that read the state of what they load in full later.
+    """
     if not Path(source).exists():
         raise ValueError(f"{source} does not exist")
     for folder in (found := candidates(source)):
-        if (problem := damage(folder)) is None:
+        if (problem := damage(folder, thorough=thorough)) is None:
             return folder
         print(passed_over(folder, problem), flush=True)
     raise ValueError(no_checkpoint(source, found))
@@ -118,8 +123,12 @@ def require_same_model(checkpoint: Path, model_config: Any) -> None:
         raise ValueError(f"checkpoint {checkpoint} is of another model: {differences}")
 
 
-def read_tensors(checkpoint: Path, ema: bool = True) -> dict[str, Tensor]:
+def read_tensors(checkpoint: Path, ema: bool = True) -> "dict[str, Tensor]":
     """Whole weights by name, on the CPU; with `ema` the moving average (fp32) of each weight that has one."""
+    import torch
+    import torch.distributed.checkpoint as torch_checkpoint
+    from torch.distributed.checkpoint import FileSystemReader
+
     reader = FileSystemReader(checkpoint)
     stored = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")}
     names = [k.removeprefix("model.") for k in stored if k.startswith("model.")]
@@ -131,7 +140,7 @@ def read_tensors(checkpoint: Path, ema: bool = True) -> dict[str, Tensor]:
     return {n: tensors[key[n]] for n in names}
 
 
-def read_weights(source: Path, ema: bool = True) -> tuple[MMDiTConfig, dict[str, Tensor]]:
+def read_weights(source: Path, ema: bool = True) -> "tuple[MMDiTConfig, dict[str, Tensor]]":
     """(config, whole weights by our names) of an MMDiT's run folder or checkpoint, without any process group.
 
     Raises ValueError if there is no intact checkpoint or it is not of an MMDiT.
@@ -146,23 +155,6 @@ def read_weights(source: Path, ema: bool = True) -> tuple[MMDiTConfig, dict[str,
 def plain(config: Any) -> dict[str, Any]:
     """A config dataclass as JSON gives it back."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write and fsync."""
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish(temporary: Path, final: Path) -> None:

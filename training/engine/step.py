@@ -1,4 +1,4 @@
-"""Engine: one training step of any objective on Megatron's DDP and distributed optimizer.
+"""Engine: one training step of any algorithm on Megatron's DDP and distributed optimizer.
 
 The gradient of a step is sum(loss sums) / sum(weights) over all microbatches and data-parallel ranks. Tensor- and
 context-parallel peers are given the same microbatches and compute the same loss.
@@ -18,17 +18,18 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from model.mmdit import MMDiT
 from model.ops import Ops, local_shard
-from training.ema import EMA
-from training.engine import adam, checkpoint, device, saving
+from training.algorithm import Algorithm
+from training.ema import ramped
+from training.engine import adam, checkpoint, device
 from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig
+from training.engine.frozen import FrozenPolicies
 from training.engine.ops import MegatronOps
+from training.engine.saving import Saving
 from training.engine.shards import Shards
-from training.objective import Objective
 from training.randomness import Randomness
 
 COMPILED_QUANTUM = 256
@@ -66,9 +67,9 @@ class Engine:
             prepare_blocks(self.model, config.compile, config.recompute)
             self._ddp, self.optimizer = self._wrap()
         self.shards = Shards(self._ddp, self.optimizer)
-        self.ema = EMA(self.shards.masters(), config.ema_decay)
+        self.frozen = FrozenPolicies(self.model, self.shards, self.dtype, ramped(config.ema_decay))
+        self._saving = Saving(model_config, self.model, self.optimizer, self.shards, self.frozen.averages, layout)
         self.step_count = self.skipped = 0
-        self._copies: dict[str, dict[str, Tensor]] = {}
 
     # Weights
 
@@ -91,32 +92,31 @@ class Engine:
         self.weights_changed()
 
     def weights_changed(self) -> None:
-        """Say that weights were set from outside: masters follow, the average starts over, copies are dropped."""
+        """Say that weights were set from outside: masters follow, averages start over."""
         self.optimizer.reload_model_params()
-        self.ema.reset()
-        self._copies.clear()
+        self.frozen.start_over()
 
     # Steps
 
-    def step(self, objective: Objective, microbatches: list[list[Any]], rng: Randomness) -> dict[str, float]:
+    def step(self, algorithm: Algorithm, microbatches: list[list[Any]], rng: Randomness) -> dict[str, float]:
         """One update from this data-parallel rank's microbatches; returns metrics, equal on all ranks.
 
-        Metrics: the objective's (averages over the weight), `grad_norm` (before clipping), `lr`, `samples` (weight of
+        Metrics: the algorithm's (averages over the weight), `grad_norm` (before clipping), `lr`, `samples` (weight of
         the step) and `skipped` (steps so far whose loss or gradient was not finite: such a step changes no weight).
         """
-        totals = self.backward(objective, microbatches, rng)
+        totals = self.backward(algorithm, microbatches, rng)
         return self.update(totals)
 
-    def backward(self, objective: Objective, microbatches: list[list[Any]], rng: Randomness) -> dict[str, float]:
+    def backward(self, algorithm: Algorithm, microbatches: list[list[Any]], rng: Randomness) -> dict[str, float]:
         """Sum the gradient over microbatches and ranks, unscaled; returns the summed `weight`, `loss` and metrics."""
         if not microbatches:
             raise ValueError("every rank needs at least one microbatch a step")
         self._ddp.zero_grad_buffer()
         totals: dict[str, Tensor] = {}
         for i, batch in enumerate(microbatches):
-            inputs = moved(objective.prepare(batch, rng, self.frozen, self.align), self.device)
+            inputs, aux = (moved(x, self.device) for x in algorithm.prepare(batch, rng, self.align))
             with nullcontext() if i == len(microbatches) - 1 else self._ddp.no_sync():
-                loss, weight, metrics = objective.loss(self._ddp(inputs), batch, inputs)
+                loss, weight, metrics = algorithm.loss(self._ddp, self.frozen, inputs, aux)
                 loss.backward()
             for name, value in {**metrics, "_loss": loss.detach(), "_weight": weight}.items():
                 totals[name] = totals.get(name, 0) + torch.as_tensor(value, dtype=torch.float64, device=self.device)
@@ -144,8 +144,7 @@ class Engine:
                 self.skipped += 1
             else:
                 optimizer.step_with_ready_grads()
-                self.ema.update()
-                self._copies.pop("ema", None)
+                self.frozen.policy_changed()
         self.step_count += 1
         means = {name: value / weight if weight else math.nan for name, value in totals.items()}
         return {**means, "grad_norm": grad_norm, "lr": lr, "samples": weight, "skipped": float(self.skipped)}
@@ -171,27 +170,11 @@ class Engine:
             for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(total.view_as(grad))
 
-    # Frozen copies
-
-    @torch.no_grad()
-    def frozen(self, name: str, inputs: Any) -> Tensor:
-        """Forward without gradient through "ema" or a copy taken by `snapshot`."""
-        if name not in self._copies:
-            if name != "ema":
-                raise ValueError(f"there is no frozen copy {name!r}; take it with engine.snapshot({name!r})")
-            self._copies["ema"] = {n: w.to(self.dtype) for n, w in self.shards.gather(self.ema.average)}
-        return functional_call(self.model, self._copies[name], (moved(inputs, self.device),))
-
-    @torch.no_grad()
-    def snapshot(self, name: str) -> None:
-        """Keep the present weights as frozen copy `name`, for example "reference"."""
-        self._copies[name] = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-
     # Checkpoints
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Write a checkpoint folder; `extra` is JSON that `load` gives back."""
-        saving.save(self, Path(folder), extra)
+        self._saving.save(Path(folder), {"step": self.step_count, "skipped": self.skipped, "extra": extra})
 
     def save_step(self, checkpoints: Path, extra: dict[str, Any], keep: int) -> None:
         """Write the checkpoint of this step below `checkpoints` and delete those older than the newest `keep`."""
@@ -200,19 +183,24 @@ class Engine:
             checkpoint.prune(Path(checkpoints), keep)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restore weights, optimizer, average and counters, whatever layout saved them; returns `extra`."""
-        self._copies.pop("ema", None)
-        return saving.load(self, Path(folder))
+        """Restore weights, optimizer, averages and counters, whatever layout saved them; returns `extra`."""
+        return self._restored(self._saving.load(Path(folder)))
 
     def resume(self, checkpoints: Path) -> dict[str, Any] | None:
         """Load the newest intact checkpoint below `checkpoints` and return its `extra`, or None if there is none."""
-        self._copies.pop("ema", None)
-        return saving.resume(self, Path(checkpoints))
+        state = self._saving.resume(Path(checkpoints))
+        return None if state is None else self._restored(state)
 
-    def load_run(self, source: Path, ema: bool = True) -> None:
-        """Start from the (averaged) weights of another run's or checkpoint's folder."""
-        saving.load_weights_only(self, Path(source), ema)
+    def load_run(self, source: Path, ema: bool = True) -> Path:
+        """Start from the (averaged) weights of another run's or checkpoint's folder; returns the checkpoint taken."""
+        folder = self._saving.load_weights(Path(source), ema)
         self.weights_changed()
+        return folder
+
+    def _restored(self, state: dict[str, Any]) -> dict[str, Any]:
+        self.step_count, self.skipped = state["step"], state["skipped"]
+        self.frozen.release()
+        return state["extra"]
 
     def close(self) -> None:
         """Take down the process groups."""
@@ -238,10 +226,10 @@ class Engine:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A tensor, or a dataclass of tensors and things that can move, on `device`."""
+    """A tensor, or a dataclass or tuple of tensors and things that can move, on `device`; anything else as it is."""
     if hasattr(value, "to"):
         return value.to(device)
     if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{n: v.to(device) for n, v in fields.items() if hasattr(v, "to")})
-    return value
+        fields = {f.name: moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return tuple(moved(v, device) for v in value) if isinstance(value, tuple) else value

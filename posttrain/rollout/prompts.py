@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.loader import epoch_order
+
 SHAPES_PROMPTS = 2048
 """Prompts of the embedded default, balanced over GenEval's six tags."""
 
@@ -36,6 +38,32 @@ def read_prompts(path: Path | None) -> list[Prompt]:
         if not rows:
             raise ValueError(f"{path} holds no prompts")
     return [Prompt(f"prompt-{i:06d}", row["prompt"], row) for i, row in enumerate(rows)]
+
+
+class PromptStream:
+    """`count` prompts at a time, each with its pass over all of them, for ever; every pass in an order of its own."""
+
+    def __init__(self, prompts: list[Prompt], count: int, seed: int):
+        self.prompts, self.count, self.seed = prompts, count, seed
+        self._cursor = (0, 0)
+
+    def __next__(self) -> list[tuple[Prompt, int]]:
+        (epoch, index), places = self._cursor, []
+        while len(places) < self.count:
+            order = epoch_order(len(self.prompts), self.seed, epoch)
+            taken = order[index : index + self.count - len(places)]
+            places += [(self.prompts[i], epoch) for i in taken]
+            index += len(taken)
+            if index == len(order):
+                epoch, index = epoch + 1, 0
+        self._cursor = (epoch, index)
+        return places
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._cursor[0], "index": self._cursor[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._cursor = (state["epoch"], state["index"])
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import scipy.stats
@@ -10,20 +11,21 @@ from mixed_batch import samples
 from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
 
 from model.packing import patchify
-from training.objective import VelocityMSE, per_sample_mean
+from training.flow_matching import VelocityMSE, per_sample_mean
 from training.randomness import Randomness
 
 RNG = Randomness(11)
 
 
 def prepare(batch, objective=None):
-    return (objective or VelocityMSE()).prepare(batch, RNG, None, align=16)
+    """(inputs, target)"""
+    return (objective or VelocityMSE()).prepare(batch, RNG, align=16)
 
 
 def test_inputs_lie_on_the_line_between_data_and_noise():
     batch, objective = samples(), VelocityMSE(condition_dropout=0)
-    inputs = prepare(batch, objective)
-    pieces = zip(inputs.pack.split_targets(inputs.img), inputs.pack.split_targets(inputs.target), strict=True)
+    inputs, target = prepare(batch, objective)
+    pieces = zip(inputs.pack.split_targets(inputs.img), inputs.pack.split_targets(target), strict=True)
     for (x, v), sample, sigma in zip(pieces, batch, inputs.sigma, strict=True):
         noise = RNG.normal(sample.key, sample.epoch, "noise", tuple(sample.latent.shape))
         torch.testing.assert_close(x - sigma * v, patchify(sample.latent), rtol=0, atol=1e-5)  # sigma = 0
@@ -35,24 +37,24 @@ def test_inputs_lie_on_the_line_between_data_and_noise():
 
 def test_a_batch_is_its_samples():
     batch = samples()
-    together = prepare(batch)
+    together, targets = prepare(batch)
     for i, sample in enumerate(batch):
-        alone = prepare([sample])
+        alone, target = prepare([sample])
         assert torch.equal(alone.sigma[0], together.sigma[i])
-        assert torch.equal(alone.target, together.pack.split_targets(together.target)[i])
+        assert torch.equal(target, together.pack.split_targets(targets)[i])
 
 
 def test_the_loss_weighs_every_sample_alike_whatever_its_size():
     batch, objective = samples(), VelocityMSE()
-    inputs = prepare(batch)
-    output = torch.randn_like(inputs.target)
-    total, weight, metrics = objective.loss(output, batch, inputs)
+    inputs, target = prepare(batch)
+    output = torch.randn_like(target)
+    total, weight, metrics = objective.loss(lambda inputs: output, {}, inputs, target)
     singles = [
         torch.nn.functional.mse_loss(o, t)
-        for o, t in zip(inputs.pack.split_targets(output), inputs.pack.split_targets(inputs.target), strict=True)
+        for o, t in zip(inputs.pack.split_targets(output), inputs.pack.split_targets(target), strict=True)
     ]
     torch.testing.assert_close(total, sum(singles))
-    torch.testing.assert_close(per_sample_mean((output - inputs.target) ** 2, inputs), torch.stack(singles))
+    torch.testing.assert_close(per_sample_mean((output - target) ** 2, inputs), torch.stack(singles))
     assert weight == 4 and metrics["loss"] == total
 
 
@@ -83,9 +85,18 @@ def test_larger_pictures_get_more_noise():
 
 def test_condition_dropout_swaps_the_text_and_keeps_the_references():
     batch = [dataclasses.replace(s, references=samples()[1].references) for s in many(2000)]
-    inputs = prepare(batch, VelocityMSE(condition_dropout=0.25))
+    inputs, _ = prepare(batch, VelocityMSE(condition_dropout=0.25))
     dropped = torch.tensor([s.txt == len(batch[0].txt_empty) for s in inputs.pack.shapes])
     low, high = scipy.stats.binom.interval(0.999, 2000, 0.25)
     assert low <= dropped.sum() <= high
     assert all(len(s.references) == 1 for s in inputs.pack.shapes)
-    assert not any(s.txt == 2 for s in prepare(batch[:200], VelocityMSE(condition_dropout=0)).pack.shapes)
+    assert not any(s.txt == 2 for s in prepare(batch[:200], VelocityMSE(condition_dropout=0))[0].pack.shapes)
+
+
+def test_prepare_runs_ahead_in_another_thread():
+    """It touches no model and no shared state: what a thread prepares is what this one does."""
+    batch = samples()
+    inputs, target = prepare(batch)
+    with ThreadPoolExecutor(2) as pool:
+        for ahead, ahead_target in pool.map(lambda _: prepare(batch), range(4)):
+            assert torch.equal(ahead.img, inputs.img) and torch.equal(ahead_target, target)

@@ -1,0 +1,165 @@
+"""Rollouts as stages: prompts -> draw -> score -> credit -> microbatches, one cursor at the rollout's boundary.
+
+A group, all pictures of one prompt, stays on one data-parallel rank. Everything random is keyed by prompt, picture and
+pass over the prompts, so a rollout that was cut off is drawn again, bit for bit, from the checkpoint.
+
+Shape legend: G pictures of a group.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.sampling.draw import Drawn, Request, Sampler
+from model.sampling.guidance import Condition
+from model.text_to_image import PIXELS_PER_LATENT, to_uint8
+from posttrain.rollout.config import RolloutConfig
+from posttrain.rollout.credit import batch_std, group_advantages
+from posttrain.rollout.prompts import Prompt, PromptStream, read_prompts
+from rewards import WeightedRewards
+from training.randomness import Randomness
+from training.studio import Studio
+
+if TYPE_CHECKING:
+    from rewards import Reward
+
+
+@dataclass(frozen=True)
+class Group:
+    """The pictures of one prompt."""
+
+    prompt: Prompt
+    epoch: int
+    """Pass over the prompts."""
+    condition: Condition
+    drawn: Drawn
+    images: list[np.ndarray]
+    """uint8 [H, W, 3]; dropped once they are scored."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """fp32 [G] of each reward; "reward" is what is maximised."""
+    advantages: Tensor | None = None
+    """fp32 [G]"""
+
+
+class RolloutTrainer:
+    """What an algorithm that learns from its own pictures builds on: a subclass says how they are drawn and used."""
+
+    weights = "policy"
+    """Whose pictures: the policy's, or those of a frozen policy."""
+
+    def __init__(self, config: RolloutConfig, studio: Studio, reward: "Reward | None" = None):
+        self.config, self.studio = config, studio
+        self.reward = reward or WeightedRewards(config.rewards)
+        self.prompts = read_prompts(config.prompts)
+        self.rng = Randomness(config.loop.seed)
+
+    def sampler(self, prompt: Prompt, epoch: int) -> Sampler:
+        """How a group's pictures are drawn."""
+        raise NotImplementedError
+
+    def microbatches(self, groups: list[Group]) -> list[list[Any]]:
+        """What is trained on, of this rank's groups."""
+        raise NotImplementedError
+
+    def batches(self) -> "Rollouts":
+        return Rollouts(self)
+
+    def shown(self) -> list[Request]:
+        texts = [p.text for p in self.prompts[:8]]
+        conditions = self.studio.conditions(texts)
+        return [Request(c, self.noise(f"sample-{i}", 0, "sample", Randomness(0))) for i, c in enumerate(conditions)]
+
+    def noise(self, key: str, epoch: int, purpose: str, rng: Randomness | None = None) -> Tensor:
+        """The start of a square picture, [16, 1, side, side]."""
+        side = self.config.size_px // PIXELS_PER_LATENT
+        return (rng or self.rng).normal(key, epoch, purpose, (16, 1, side, side))
+
+
+class Rollouts:
+    """Endless batches of a `RolloutTrainer` (`training.algorithm.Batches`).
+
+    The cursor points at the next rollout: an interruption between two updates of one rollout (with
+    `updates_per_rollout` > 1) skips what is left of it.
+    """
+
+    def __init__(self, trainer: RolloutTrainer):
+        self.trainer, config = trainer, trainer.config
+        self._engine = engine = trainer.studio.engine
+        if config.prompts_per_update < engine.dp_size:
+            raise ValueError(
+                f"{config.prompts_per_update} prompts an update leave some of the {engine.dp_size} data-parallel "
+                "ranks without a group; raise --prompts-per-update"
+            )
+        self.stream = PromptStream(trainer.prompts, config.prompts_per_update, config.loop.seed)
+        self._microbatches: list[list[Any]] = []
+        self._uses_left = 0
+
+    def __next__(self) -> list[list[Any]]:
+        if not self._uses_left:
+            mine = next(self.stream)[self._engine.dp_rank :: self._engine.dp_size]
+            self._microbatches = self.trainer.microbatches(self.credit(self.score(self.draw(mine))))
+            self._uses_left = self.trainer.config.updates_per_rollout
+        self._uses_left -= 1
+        return self._microbatches
+
+    def state_dict(self) -> dict[str, int]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.stream.load_state_dict(state)
+        self._uses_left = 0
+
+    def draw(self, prompts: list[tuple[Prompt, int]]) -> list[Group]:
+        """The pictures of prompts in a pass."""
+        trainer, groups = self.trainer, []
+        for prompt, epoch in prompts:
+            (condition,) = trainer.studio.conditions([prompt.text])
+            painter = trainer.studio.painter(trainer.sampler(prompt, epoch), trainer.weights)
+            requests = []
+            for i in range(trainer.config.group):
+                key = f"{prompt.key}#{i}"
+                eps = partial(_eps, trainer.rng, key, epoch)
+                requests.append(Request(condition, trainer.noise(key, epoch, "start"), eps).to(painter.device))
+            drawn = painter.sampler.draw(painter.velocity, requests)
+            images = [to_uint8(painter.decode(latent)) for latent in drawn.latents]
+            groups.append(Group(prompt, epoch, requests[0].condition, drawn, images))
+        return groups
+
+    def score(self, groups: list[Group]) -> list[Group]:
+        """Rewards of all pictures, asked for at once; of ranks that hold the same pictures, one asks."""
+        layout = self._engine.layout
+        answer: list[Any] = [None]
+        if layout.tp_rank == layout.cp_rank == 0:
+            images = [image for group in groups for image in group.images]
+            prompts = [g.prompt for g in groups for _ in g.images]
+            scores = self.trainer.reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
+            answer = [{name: values.float().tolist() for name, values in scores.items()}]
+        for peers in (layout.cp_group, layout.tp_group):
+            if peers.size() > 1:
+                dist.broadcast_object_list(answer, group=peers, group_src=0)
+        size = self.trainer.config.group
+        parts = {name: torch.tensor(values).split(size) for name, values in answer[0].items()}
+        return [
+            replace(group, images=[], scores={name: part[i] for name, part in parts.items()})
+            for i, group in enumerate(groups)
+        ]
+
+    def credit(self, groups: list[Group]) -> list[Group]:
+        """Advantages of the pictures."""
+        rewards = torch.stack([group.scores["reward"] for group in groups])
+        std = batch_std(rewards, self._sum_over_ranks) if self.trainer.config.advantage_std == "batch" else None
+        return [replace(g, advantages=a) for g, a in zip(groups, group_advantages(rewards, std), strict=True)]
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self._engine.device)
+        dist.all_reduce(values, group=self._engine.layout.dp_group)
+        return values.cpu()
+
+
+def _eps(rng: Randomness, key: str, epoch: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    return rng.normal(key, epoch, "sde", shape, draw=step)

@@ -1,0 +1,72 @@
+"""What a trainer does every so many steps: pictures of its moving average, and scores of pictures."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from files import atomic_file
+from model.generator import Generator
+from training.run_folder import RunFolder
+from training.studio import Studio
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from model.sampling.draw import Request, Sampler
+    from training.engine.step import Engine
+
+
+@dataclass
+class SampleHook:
+    """Draws `requests` by the moving average into samples/step_N.png."""
+
+    every: int
+    run: RunFolder
+    studio: Studio
+    requests: "list[Request]"
+    sampler: "Sampler"
+
+    def __call__(self, engine: "Engine", step: int) -> None:
+        pictures = self.studio.shared_pictures(self.requests, self.sampler, "ema")
+        if self.run.writes:
+            with atomic_file(self.run.samples / f"step_{step:08d}.png") as file:
+                _row(pictures).save(file, "PNG")
+
+
+class Validation(Protocol):
+    """Scores pictures of prompts that never change. A user's own is named by --validation FILE.py:CLASS."""
+
+    texts: list[str]
+    seeds: list[int]
+    """One for each text."""
+
+    def score(self, images: "list[np.ndarray]") -> dict[str, float]:
+        """Scores by name of the uint8 pictures [H, W, 3] of all texts."""
+
+
+@dataclass
+class ValidationHook:
+    """Draws a validation's prompts and logs their scores. Ranks share the pictures; the first process scores them."""
+
+    every: int
+    run: RunFolder
+    generator: Generator
+    validation: Validation
+    side_px: int
+
+    def __call__(self, engine: "Engine", step: int) -> None:
+        texts, seeds = self.validation.texts, self.validation.seeds
+        pictures = self.generator.generate(texts, [(self.side_px, self.side_px)] * len(texts), seeds)
+        if self.run.writes:
+            self.run.log_validation(step, self.validation.score(pictures))
+
+
+def _row(pictures: "list[np.ndarray]"):
+    from PIL import Image
+
+    images = [Image.fromarray(p) for p in pictures]
+    row = Image.new("RGB", (sum(i.width + 2 for i in images), max(i.height for i in images)), "white")
+    x = 0
+    for image in images:
+        row.paste(image, (x, 0))
+        x += image.width + 2
+    return row

@@ -1,0 +1,41 @@
+"""Runs that differ by their seed, side by side."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from files import write_json
+
+
+def compare(out: Path, runs: list[Path]) -> None:
+    """Write OUT/seeds.json, {name: {mean, low, high, values}} of the runs' last metrics and validations, and print it.
+
+    low and high are the ends of Student's 95 % interval of the mean over seeds.
+    """
+    rows = [last_scores(run) for run in runs]
+    table = {name: summary([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
+    write_json(out / "seeds.json", table)
+    width = max(map(len, table))
+    for name, entry in table.items():
+        values = "  ".join(f"{v:.4g}" for v in entry["values"])
+        print(f"{name:<{width}}  {entry['mean']:.4g} [{entry['low']:.4g}, {entry['high']:.4g}]  ({values})")
+    print(f"wrote {out}/seeds.json")
+
+
+def last_scores(run: Path) -> dict[str, float]:
+    """The finite numbers of a run's last step and last validation."""
+    scores: dict[str, float] = {}
+    for file, prefix in (("metrics.jsonl", ""), ("validation.jsonl", "validation/")):
+        lines = (run / file).read_text().splitlines() if (run / file).exists() else []
+        last = json.loads(lines[-1]) if lines else {}
+        scores |= {prefix + name: value for name, value in last.items() if name != "step" and value is not None}
+    return scores
+
+
+def summary(values: list[float]) -> dict[str, object]:
+    """Mean of at least two values, with Student's 95 % interval."""
+    mean, error = float(np.mean(values)), float(stats.sem(values))
+    half = error * float(stats.t.ppf(0.975, len(values) - 1))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "values": values}

@@ -1,0 +1,275 @@
+"""One main for all trainers: from flags to a model, its pictures' networks, a folder, and the loop.
+
+A trainer's file is an algorithm: a config, and a class made of (config, studio) that follows `training.algorithm`. Its
+entry stands above its heavy imports, so that --help answers at once:
+
+    if __name__ == "__main__":
+        start(Config, "posttrain.dpo:DPO")
+
+Imports no torch at the top, for `--help`.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self
+
+import tyro
+
+from command_line import UserError, flag, load_named, run
+from files import hash_files, write_json
+from model.config import PRESETS, MMDiTConfig
+from training.demo_data import COMPONENTS, MODEL, demo_model
+from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
+from training.loop import LoopConfig
+from training.source import Source, look, newest_run
+
+if TYPE_CHECKING:
+    from model.sampling.draw import Request
+    from training.algorithm import Batches
+    from training.studio import Studio
+
+NOTE = "init.json"
+"""File of a run that says what it started from."""
+TOY_PARAMETERS = 10**8
+"""Models below this have recipes for a laptop; above, for GPUs."""
+LARGE_PARAMETERS = 4 * 10**9
+"""From here on, weights and their gradients are split over four tensor-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What all trainers take; each adds its own. The defaults are those for large models."""
+
+    init: Path | None = None
+    """Run, checkpoint, diffusers folder or hub id to start from. Default: the newest run of an earlier stage."""
+    components: Path | None = None
+    """Folder with tokenizer/, text_encoder/ and vae/. Default: the one that --init was trained with."""
+    out: Path | None = None
+    """Folder of the run."""
+    max_tokens: int = 16384
+    """Tokens, of text and image, in a microbatch."""
+    loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=LoopConfig)
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    sample_every: int = 200
+    """Steps between pictures in samples/."""
+    validation: str | None = None
+    """MODULE:CLASS or FILE.py:CLASS whose prompts the moving average draws and which scores the pictures."""
+    validate_every: int = 500
+    """Steps between validations. 0 for none."""
+    seeds: int = 1
+    """Run so many times, with --seed and the numbers after it, into OUT/seed-N, and compare."""
+    dry_run: bool = False
+    """Print the plan, do nothing."""
+
+    NAME: ClassVar[str] = "posttrain"
+    STAGES_BEFORE: ClassVar[tuple[str, ...]] = ()
+    """Names of runs to start from, the first that exists."""
+    TOY: ClassVar[dict[str, Any]] = {}
+    """What differs for a model of toy size."""
+
+    @classmethod
+    def recipe(cls, model: MMDiTConfig) -> Self:
+        """The defaults for a model."""
+        if model.num_parameters < TOY_PARAMETERS:
+            validation = "evaluation.validation:ShapesValidation"
+            common = dict(max_tokens=4096, sample_every=50, validate_every=50, validation=validation)
+            return replace(cls(), out=Path(f"runs/{cls.NAME}"), **{**common, **cls.TOY})
+        config = replace(cls(), out=Path(f"runs/{cls.NAME}"))
+        if model.num_parameters < LARGE_PARAMETERS:
+            return config
+        return replace(config, engine=replace(config.engine, parallel=ParallelConfig(tp=4, sp=True)))
+
+    @classmethod
+    def defaults(cls, argv: list[str]) -> Self:
+        """The recipe for the model that the command line names, or that the run would start from."""
+        out = Path(flag(argv, "--out") or f"runs/{cls.NAME}")
+        source = _noted(out) or flag(argv, "--init") or newest_run(cls.STAGES_BEFORE)
+        return cls.recipe(_likely_model(source))
+
+    def completed(self) -> Self:
+        """The config with its open fields filled in. UserError for what cannot be."""
+        source = _starting_point(self)
+        if source is None:
+            source = look(demo_model()) if not self.dry_run else Source(MODEL, "run")
+        components = self.components or (COMPONENTS if source.path == MODEL else source.components())
+        if source.is_ours and source.path.exists():
+            source = look(source.checkpoint(thorough=False))
+        return replace(self, init=source.path, components=Path(components))
+
+    @property
+    def model(self) -> MMDiTConfig:
+        """Config of the model to train."""
+        return look(self.init).model_config()
+
+    def side_px(self) -> int:
+        """Side of the square whose area the run's pictures have; validation draws at it."""
+        return look(self.init).side_px()
+
+    def plan(self) -> str:
+        """What `--dry-run` prints, and a run says first."""
+        if self.init == MODEL and not MODEL.exists():
+            return f"{self.out}: no --init and no earlier run in runs/, so a tiny model is pretrained first ({MODEL})"
+        return f"{self.out}: {self.model.num_parameters:,} parameters from {self.init}, components {self.components}"
+
+
+def optimizer(lr: float, warmup_steps: int = 20, ema_decay: float = 0.999) -> EngineConfig:
+    """Engine settings of a recipe that differ in these."""
+    return EngineConfig(optimizer=OptimizerConfig(lr=lr, warmup_steps=warmup_steps), ema_decay=ema_decay)
+
+
+def toy_optimizer(lr: float) -> EngineConfig:
+    """The same for short runs of a tiny model."""
+    return optimizer(lr, warmup_steps=0, ema_decay=0.9)
+
+
+def picture_side(size_px: int | None, source: Path) -> int:
+    """`size_px`, or the side that `source` was trained at. UserError if it is no multiple of 16."""
+    size_px = look(source).side_px() if size_px is None else size_px
+    if size_px < 16 or size_px % 16:
+        raise UserError(f"--size-px {size_px}: pictures need sides that are multiples of 16")
+    return size_px
+
+
+class Trainer(Protocol):
+    """What `main` asks of an algorithm beyond the engine's contract (`training.algorithm.Algorithm`)."""
+
+    def __init__(self, config: Any, studio: "Studio"): ...
+
+    def batches(self) -> "Batches":
+        """The run's batches; called once, when the weights are in place."""
+
+    def shown(self) -> "list[Request]":
+        """The pictures of samples/."""
+
+
+def start(config: type[RunConfig], algorithm: str) -> NoReturn:
+    """Run MODULE:CLASS with the flags of the command line, and exit."""
+    description = sys.modules["__main__"].__doc__
+    run(partial(main, algorithm=algorithm), config.defaults, description)
+    raise SystemExit(0)
+
+
+def main(given: RunConfig, algorithm: "str | type[Trainer]") -> None:
+    """Train as `given` says; with several seeds, once for each."""
+    config = given.completed()
+    if config.dry_run:
+        print(config.plan())
+        return
+    kind = load_named(algorithm) if isinstance(algorithm, str) else algorithm
+    from training.engine import device
+
+    try:
+        if config.seeds == 1:
+            train_once(config, kind, given.init)
+        else:
+            train_seeds(config, kind, given.init)
+    finally:
+        device.stop()
+
+
+def train_seeds(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> None:
+    """Train once with each seed and compare the last scores."""
+    from training.seeds import compare
+
+    runs = []
+    for seed in range(config.loop.seed, config.loop.seed + config.seeds):
+        runs.append(config.out / f"seed-{seed}")
+        train_once(replace(config, seeds=1, out=runs[-1], loop=replace(config.loop, seed=seed)), kind, given)
+    compare(config.out, runs)
+
+
+def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> None:
+    """One run, from its starting weights or its newest checkpoint to its end."""
+    from training.algorithm import Fixed
+    from training.engine.checkpoint import list_checkpoints
+    from training.engine.step import Engine
+    from training.loading import fill_weights
+    from training.loop import train
+    from training.run_folder import RunFolder
+    from training.studio import Studio
+
+    noted = _noted(config.out)
+    engine = Engine(config.model, config.engine, config.loop.steps)
+    run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
+    if engine.rank == 0:
+        print(f"{config.plan()}; {engine.world_size} {engine.device.type} process(es)", flush=True)
+    trainer = kind(config, Studio(engine, config.components, config.max_tokens))
+    resumes = bool(list_checkpoints(run_folder.checkpoints))
+    if not resumes or any(isinstance(policy, Fixed) for policy in trainer.frozen.values()):
+        read = fill_weights(engine, config.init, config.loop.seed)
+        if engine.rank == 0 and read is not None:
+            _note(config.out, given, read, noted is not None)
+    for name, policy in trainer.frozen.items():
+        engine.frozen.keep(name, policy)
+    batches = trainer.batches()
+    train(engine, trainer, batches, config.loop, run_folder, _hooks(config, trainer, run_folder))
+    if hasattr(batches, "close"):
+        batches.close()
+
+
+def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
+    """Pictures and validation, if there are a VAE and a text encoder for them."""
+    from model.sampling.draw import Sampler
+    from model.sampling.schedule import FixedSchedule
+    from training.hooks import SampleHook, ValidationHook
+    from training.studio import SharedGenerator
+
+    if config.components is None:
+        return []
+    studio, sampler = trainer.studio, Sampler(FixedSchedule(20))
+    hooks: list[Any] = [SampleHook(config.sample_every, run_folder, studio, trainer.shown(), sampler)]
+    if config.validation and config.validate_every and studio.has_text_encoder:
+        validation = load_named(config.validation)()
+        generator = SharedGenerator(studio, validation.texts, sampler)
+        hooks.append(ValidationHook(config.validate_every, run_folder, generator, validation, config.side_px()))
+    return hooks
+
+
+def _likely_model(source: Path | str | None) -> MMDiTConfig:
+    """The model at a source, for its recipe; that of a hub id is Qwen-Image, of nothing the demo's."""
+    if source is None:
+        return PRESETS["tiny"]
+    found = look(source)
+    return PRESETS["qwen-image"] if found.kind == "hub" else found.model_config()
+
+
+def _starting_point(config: RunConfig) -> Source | None:
+    """What the run began from, or is to begin from; None if there is nothing.
+
+    UserError for a source that is not there, or not the one that the run started from.
+    """
+    noted = _noted(config.out)
+    if noted is None:
+        source = config.init or newest_run(config.STAGES_BEFORE)
+        return None if source is None else look(source)
+    note = json.loads((config.out / NOTE).read_text())
+    if config.init is not None and str(config.init) not in (note["given"], note["source"]):
+        raise UserError(f"{config.out} started from {note['given']}, not from {config.init}; choose another --out")
+    if not noted.exists():
+        raise UserError(f"{noted}, which {config.out} started from, is gone; restore it or choose another --out")
+    return look(noted)
+
+
+def _noted(out: Path | None) -> Path | None:
+    """What the run in `out` started from; None if there is no run yet."""
+    if out is None or not (out / NOTE).is_file():
+        return None
+    return Path(json.loads((out / NOTE).read_text())["source"])
+
+
+def _note(out: Path, given: Path | None, read: Path, resumes: bool) -> None:
+    """Note what a run started from, for its newest checkpoint may be another when the run goes on.
+
+    Raises ValueError if a run that goes on began from other weights.
+    """
+    from training.engine.checkpoint import MANIFEST
+
+    name = MANIFEST if (read / MANIFEST).exists() else "transformer/config.json"
+    note = {"given": str(given or read), "source": str(read), "hash": hash_files([read / name])}
+    if not resumes:
+        write_json(out / NOTE, note)
+    elif (there := json.loads((out / NOTE).read_text())["hash"]) != note["hash"]:
+        raise ValueError(f"{read} holds other weights ({note['hash'][:8]}) than when {out} started ({there[:8]})")
