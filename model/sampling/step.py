@@ -72,10 +72,17 @@ class SDE:
 
 @dataclass(frozen=True)
 class CPS:
-    """Coefficients-preserving sampling; at noise level 0, and where sigma' = 0, the ODE's step exactly."""
+    """Coefficients-preserving sampling; at noise level 0, and where sigma' = 0, the ODE's step exactly.
+
+    Raises ValueError for a noise level above 1, where the cosine would turn the kept noise around.
+    """
 
     noise_level: float = 0.7
-    """a above."""
+    """a above, at most 1: all noise is new."""
+
+    def __post_init__(self):
+        if not 0 <= self.noise_level <= 1:
+            raise ValueError(f"the noise level of CPS lies in [0, 1], got {self.noise_level}")
 
     @property
     def random(self) -> bool:

@@ -111,6 +111,13 @@ def test_cps_keeps_the_coefficients():
     torch.testing.assert_close(mean + std * w, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_cps_refuses_to_turn_the_noise_around():
+    CPS(1.0)
+    for level in (1.2, -0.1):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            CPS(level)
+
+
 def test_stochastic_steps_keep_the_marginal():
     """With the true velocity of Gaussian data, the SDE leaves the same distribution as the ODE: std of x_sigma."""
     n, data_std = 200_000, 0.5
