@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,3 +243,18 @@ def test_a_picture_depends_on_its_own_draws_alone():
     whole, _ = roll(net)
     alone, _ = roll(net, start=noise()[:1])
     torch.testing.assert_close(alone[0], whole[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_noise_floor_of_every_step_counts():
+    """A model that repeats itself at the first step and not at the last is refused."""
+    net = model()
+    _, transitions = roll(net, cfg_scale=1.0)
+    last = transitions[-1].sigma.max()
+    wrong = lambda inputs: net(inputs) * (1.01 if inputs.sigma.max() <= last else 1.0)  # noqa: E731
+    one = algorithm(clip=1.0)
+    engine = SimpleNamespace(model=wrong, any_rank=lambda flag: flag)
+    one.studio = SimpleNamespace(engine=engine)
+    with pytest.raises(ValueError, match="raise --clip-range"):
+        one._check_noise_floor(transitions)
+    engine.model = net
+    one._check_noise_floor(transitions)
