@@ -14,7 +14,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from command_line import write_toml
+from command_line import read_toml, write_toml
+from files import atomic_file
+
+HARMLESS = {"steps", "save_every", "keep", "sample_every", "validate_every", "validation", "out", "seeds", "dry_run"}
+"""Settings that a run may change on its way without being another run."""
 
 
 class RunFolder:
@@ -28,7 +32,12 @@ class RunFolder:
         if writes:
             for folder in (self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
-            write_toml(config, self.path / "config.toml")
+            file = self.path / "config.toml"
+            before = read_toml(file) if file.exists() and any(self.checkpoints.iterdir()) else None
+            write_toml(config, file)
+            if before is not None:
+                for line in changes(before, read_toml(file)):
+                    print(f"{self.path} goes on with other settings: {line}", flush=True)
 
     def open(self, step: int) -> None:
         """Begin to log after `step`: rows of later steps, from a run that died since, are cut off."""
@@ -79,15 +88,26 @@ class RunFolder:
             self._metrics = self._board = None
 
 
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two configs, in a line each; how long a run is and what it shows don't count."""
+    lines = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{prefix}{name}.")
+        elif old != new and name not in HARMLESS:
+            lines.append(f"{prefix}{name} was {old}, is {new}")
+    return lines
+
+
 def _row(step: int, values: dict[str, float]) -> str:
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return json.dumps({"step": step, **finite}) + "\n"
 
 
 def _replace(file: Path, rows: list[str]) -> None:
-    temporary = file.with_name(f".tmp-{file.name}")
-    temporary.write_text("".join(rows))
-    os.replace(temporary, file)
+    with atomic_file(file) as written:
+        written.write("".join(rows).encode())
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:

@@ -1,5 +1,11 @@
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from training.engine.config import EngineConfig, OptimizerConfig
+from training.loop import LoopConfig
+from training.run_folder import RunFolder
 from training.source import named_by
 
 
@@ -12,3 +18,22 @@ def test_a_folder_that_a_run_names_is_found_from_elsewhere(tmp_path: Path, monke
     assert named_by(run, "runs/demo/others") == Path("runs/demo/others")
     monkeypatch.chdir(tmp_path / "project")  # what is here comes first, by its short name
     assert named_by(Path("runs/demo/sft"), "runs/demo/parts") == Path("runs/demo/parts")
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: str = "a"
+    loop: LoopConfig = LoopConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = RunFolder(tmp_path, Settings())
+    RunFolder(tmp_path, Settings(data="b"))  # nothing has been learnt yet
+    assert not capsys.readouterr().out
+    (run.checkpoints / "step_00000001").mkdir()
+    RunFolder(tmp_path, Settings(data="b", loop=LoopConfig(steps=9)))  # longer: the same run
+    assert not capsys.readouterr().out
+    RunFolder(tmp_path, Settings(data="c", engine=EngineConfig(optimizer=OptimizerConfig(lr=0.5))))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["data was b, is c", "engine.optimizer.lr was 0.0001, is 0.5"]
