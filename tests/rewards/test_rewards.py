@@ -1,10 +1,13 @@
 import os
+import time
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from command_line import UserError
 from rewards import REWARDS, WeightedRewards, make_reward
 from rewards.ocr import OCRReward, edit_distance, quoted_text, text_score
 
@@ -100,3 +103,66 @@ def test_every_reward_gives_its_own_score():
     for name in REWARDS:
         scores = make_reward(name)([picture("abc")], ["p"], metadata)
         assert scores[name].shape == (1,) and str(scores[name].dtype) == "torch.float32"
+
+
+class Scripted:
+    """A reward that gives what it was told."""
+
+    def __init__(self, values, seconds: float = 0.0):
+        self.values, self.seconds = values, seconds
+
+    def __call__(self, images, prompts, metadata):
+        time.sleep(self.seconds)
+        return {"odd": torch.tensor(self.values)}
+
+
+def scripted(values, seconds: float = 0.0, deadline_s: float = 60.0) -> WeightedRewards:
+    rewards = WeightedRewards(["shapes"], deadline_s)
+    rewards.terms = [("mine", 1.0, Scripted(values, seconds))]
+    return rewards
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ([0.1, 0.2, 0.3, 0.4], "2 pictures got scores of shape \\(4,\\)"),
+        ([0.1], "2 pictures got scores of shape \\(1,\\)"),
+        ([0.1, float("nan")], "1 of 2 scores are NaN"),
+    ],
+)
+def test_scores_that_do_not_fit_the_pictures_are_refused_by_name(values, says):
+    with pytest.raises(ValueError, match=f"reward mine, score odd: {says}"):
+        scripted(values)([picture("a"), picture("b")], ["p", "p"], [{}, {}])
+
+
+def test_a_reward_that_does_not_answer_is_named():
+    with pytest.raises(ValueError, match="reward mine gave no answer within 0.05 s"):
+        scripted([0.5], seconds=5, deadline_s=0.05)([picture("a")], ["p"], [{}])
+
+
+def test_what_a_reward_raises_is_raised():
+    with pytest.raises(ValueError, match="quotes none"):
+        WeightedRewards(["ocr"])([picture("x")], ["a red circle"], [{}])
+
+
+MINE = """
+import torch
+
+class Brightness:
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def __call__(self, images, prompts, metadata):
+        return {"brightness": torch.tensor([i.mean() / 255 * self.scale for i in images])}
+"""
+
+
+def test_a_reward_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    rewards = WeightedRewards([f"{tmp_path}/mine.py:Brightness(scale=2.0)=0.5"])
+    scores = rewards([np.full((8, 8, 3), 51, np.uint8)], ["p"], [{}])
+    assert scores["brightness"].item() == pytest.approx(0.4) and scores["reward"].item() == pytest.approx(0.2)
+    for term, says in (("none.py:X", "none.py does not exist"), (f"{tmp_path}/mine.py:Dark", "no Dark"),
+                       (f"{tmp_path}/mine.py:Brightness(size=3)", "unexpected keyword")):  # fmt: skip
+        with pytest.raises((ValueError, UserError), match=says):
+            WeightedRewards([term])
