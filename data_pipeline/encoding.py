@@ -99,7 +99,7 @@ class Encoder:
         """Each reference in its bucket for the VAE, and the same part of it for the text encoder."""
         from PIL.Image import Resampling
 
-        from model.conditioner import fit_area
+        from model.conditioner import REFERENCE_SIDE_PX, fit_area
 
         fitted, shown = [], []
         for i, data in enumerate(raw.references):
@@ -107,7 +107,7 @@ class Encoder:
                 picture = decode(data)
             except ValueError as error:
                 raise ValueError(f"its reference {i} {error}") from None
-            pixels, box = fit(picture, self.res)
+            pixels, box = fit(picture, min(self.res, REFERENCE_SIDE_PX))
             size = fit_area(box[2] - box[0], box[3] - box[1], self.conditioner.picture_area)
             fitted.append(pixels)
             shown.append(picture.resize(size, Resampling.LANCZOS, box=box))

@@ -53,6 +53,10 @@ TEMPLATES = {
 }
 
 
+REFERENCE_SIDE_PX = 1024
+"""Side of the square whose area pictures to edit have at most before the VAE sees them, as in the edit pipelines."""
+
+
 def fit_area(width: int, height: int, area: int) -> tuple[int, int]:
     """(width, height) of about `area` pixels with this aspect ratio, both multiples of 32 as in the edit pipelines."""
     ratio = width / height

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.conditioner import Conditioner, fit_area
+from model.conditioner import REFERENCE_SIDE_PX, Conditioner, fit_area
 from model.sampling.draw import Request, Sampler, Velocity
 from model.sampling.guidance import Condition
 
@@ -30,7 +30,7 @@ class TextToImage:
     device: torch.device | str = "cpu"
     """Where `velocity` and `vae` live."""
     sampler: Sampler = field(default_factory=Sampler)
-    reference_area: int = 1024 * 1024
+    reference_area: int = REFERENCE_SIDE_PX**2
     """Pixels that a picture to edit is resized to before the VAE sees it."""
     negative_prompt: str = " "
 

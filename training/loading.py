@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from command_line import UserError, from_dict, read_toml
-from model.conditioner import Conditioner
+from model.conditioner import REFERENCE_SIDE_PX, Conditioner
 from model.config import LoRAConfig, MMDiTConfig
 from model.diffusers_io.config import read_config
 from model.diffusers_io.folder import load_transformer, read_weights
@@ -52,7 +52,8 @@ def load(
     """What draws the pictures of `source`: a run folder, a checkpoint in one, a diffusers folder or a hub id.
 
     `ema` takes a run's averaged weights; `components` replaces the folder that the source names; `settings` are those
-    of `TextToImage`. Raises UserError if the source is none of these.
+    of `TextToImage`. Pictures to edit are seen at the area that the model was trained at. Raises UserError if the
+    source is none of these.
     """
     found = look(source)
     if found.is_ours:
@@ -65,6 +66,7 @@ def load(
     components = components or found.components()
     conditioner = Conditioner.from_folder(components, device, dtype)
     vae = VAE.from_folder(components, device, dtype)
+    settings = {"reference_area": min(REFERENCE_SIDE_PX, found.side_px()) ** 2} | settings
     return TextToImage(model.eval().requires_grad_(False), conditioner, vae, device, **settings)
 
 
