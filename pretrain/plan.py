@@ -1,11 +1,11 @@
 """What a stage will cost: parameters, tokens, FLOPs, memory. Imports no torch."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from pretrain.recipes import StageConfig
-
+from model.config import MMDiTConfig
+from training.engine.config import EngineConfig
+from training.loop import LoopConfig
 
 TXT_TOKENS = {"tiny": 24, "small": 256, "qwen-image": 256}
 """Assumed length of a prompt."""
@@ -14,7 +14,21 @@ ACTIVATION_BYTES = {2: 54, 4: 92}
 """Bytes that autograd keeps, at most, per token, layer and channel of the residual stream, by an activation's size."""
 
 
-def plan(config: "StageConfig") -> str:
+class Planned(Protocol):
+    """What of a stage's config decides its cost."""
+
+    res: int
+    preset: str
+    batch_size: int
+    max_tokens: int
+    engine: EngineConfig
+    loop: LoopConfig
+    model: MMDiTConfig
+
+    def side_px(self) -> int: ...
+
+
+def plan(config: Planned) -> str:
     """The lines that `--dry-run` prints. ValueError if the processes do not divide into the layout."""
     model, engine, parallel = config.model, config.engine, config.engine.parallel
     sp = parallel.sp and parallel.tp > 1

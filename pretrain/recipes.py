@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from command_line import UserError, flag
 from model.config import PRESETS, MMDiTConfig
+from pretrain.plan import plan
 from training.demo_data import STEPS, TOY_SIDE_PX, demo_data
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
@@ -72,8 +73,6 @@ class StageConfig(RunConfig):
         return TOY_SIDE_PX[self.res] if self.preset == "tiny" else self.res
 
     def plan(self) -> str:
-        from pretrain.plan import plan
-
         return plan(self)
 
 

@@ -1,5 +1,6 @@
 """The entries as a user runs them, on a small model: kills, ranks, what they refuse."""
 
+import json
 import time
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def data(components, tmp_path_factory) -> Path:
     )
     Encoder(Conditioner.from_folder(components), VAE.from_folder(components), 32).write_description(folder)
     return folder
+
+
+def test_several_seeds_are_run_and_compared(init, data, tmp_path):
+    settings = {"init": init, "out": tmp_path / "sft", "data": (data,), "batch_size": 6, "seeds": 2}
+    run_world(1, entry, "sft", 2, 2, settings, deadline_s=DEADLINE_S)
+    losses = [read_metrics(tmp_path / "sft" / f"seed-{seed}")[-1]["loss"] for seed in (0, 1)]
+    table = json.loads((tmp_path / "sft" / "seeds.json").read_text())
+    assert table["loss"]["values"] == losses and losses[0] != losses[1]
+    assert table["loss"]["low"] < table["loss"]["mean"] == pytest.approx(sum(losses) / 2) < table["loss"]["high"]
 
 
 def test_sft_learns_and_stays_with_what_it_started_from(init, data, tmp_path):
