@@ -26,7 +26,7 @@ class Config:
 def main(config: Config) -> None:
     if not (config.vae / "vae").is_dir():
         raise UserError(f"{config.vae} holds no vae/; train one with `python vae/train.py --out {config.vae}`")
-    from model.conditioner import write_tiny_components
+    from model.tiny_components import write_tiny_components
 
     temporary = config.out.with_name(f".tmp-{config.out.name}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -8,7 +8,6 @@ Shape legend: L tokens of a prompt (its pictures' included), D width of the text
 import hashlib
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
 IMAGE_PAD = "<|image_pad|>"
 _PICTURE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
 _CHAT = "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-_DESCRIBE = (
+DESCRIBE = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background:"
 )
-_EDIT = (
+EDIT = (
     "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
     "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
     "requirements while maintaining consistency with the original input where appropriate."
@@ -47,9 +46,9 @@ class Template:
 
 
 TEMPLATES = {
-    "text": Template(_CHAT % _DESCRIBE, drop=34),
-    "edit": Template(_CHAT % _EDIT, drop=64, picture=_PICTURE, area=1024 * 1024),
-    "edit_plus": Template(_CHAT % _EDIT, drop=64, picture="Picture {}: " + _PICTURE, area=384 * 384),
+    "text": Template(_CHAT % DESCRIBE, drop=34),
+    "edit": Template(_CHAT % EDIT, drop=64, picture=_PICTURE, area=1024 * 1024),
+    "edit_plus": Template(_CHAT % EDIT, drop=64, picture="Picture {}: " + _PICTURE, area=384 * 384),
 }
 
 
@@ -214,113 +213,3 @@ def _architecture(config: dict) -> dict:
     """The config without what says who wrote it and when."""
     noise = {"transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path", "use_cache"}
     return {k: _architecture(v) if isinstance(v, dict) else v for k, v in config.items() if k not in noise}
-
-
-# ---- a tiny text encoder, built offline, for the CPU line and for tests
-
-SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-"""Ids 151643 and on of the real tokenizer, in their order."""
-
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_WORDS = """ a an the one two three four five six and with of on in to is at above below left right next photo picture
- red green blue yellow orange purple pink brown black white gray cyan circle square triangle star circles squares
- triangles stars background color shape small large big paper sign page slide poster screen text that says reads
- make change replace remove add move sky cube table word title line""".replace("\n", "")
-
-
-def write_tiny_components(folder: Path | str, seed: int = 0) -> None:
-    """Write `tokenizer/`, `text_encoder/`, `processor/` and `scheduler/` of a tiny model, replacing what is there.
-
-    The tokenizer is byte-level BPE with the real special tokens, trained on the templates' words, so that templates
-    drop exactly 34 and 64 tokens; the text encoder is a random Qwen2.5-VL of width 128, as the `tiny` preset wants.
-    A function of `seed` alone.
-    """
-    from transformers import Qwen2VLImageProcessorPil
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer = _tiny_tokenizer()
-    write = {
-        "tokenizer": tokenizer.save_pretrained,
-        "text_encoder": _tiny_text_encoder(tokenizer, seed).save_pretrained,
-        "processor": lambda to: (tokenizer.save_pretrained(to), Qwen2VLImageProcessorPil().save_pretrained(to)),
-        "scheduler": _write_scheduler,
-    }
-    for part, save in write.items():
-        temporary, final = Path(folder) / f".tmp-{part}", Path(folder) / part
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-
-
-def _tiny_tokenizer():
-    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
-    from tokenizers.models import BPE
-    from transformers import Qwen2Tokenizer
-
-    tok = Tokenizer(BPE())
-    tok.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated", invert=False)
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tok.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    corpus = [f"system\n{_DESCRIBE}", f"system\n{_EDIT}", "user\n", "assistant\n", "Picture 1: ", _WORDS]
-    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, show_progress=False, initial_alphabet=alphabet)
-    tok.train_from_iterator(corpus, trainer)
-    bpe = json.loads(tok.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=bpe["vocab"] | {t: len(bpe["vocab"]) + i for i, t in enumerate(SPECIAL_TOKENS)},
-        merges=[tuple(m) for m in bpe["merges"]],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        extra_special_tokens=SPECIAL_TOKENS[1:],
-        model_max_length=131072,
-    )
-
-
-def _tiny_text_encoder(tokenizer: Any, seed: int) -> torch.nn.Module:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS}
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer) + -len(tokenizer) % 64, hidden_size=128, intermediate_size=256,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6]),
-        ),
-        vision_config=dict(
-            depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=128, patch_size=14,
-            spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1],
-        ),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Qwen2_5_VLForConditionalGeneration(config)
-
-
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "base_image_seq_len": 256, "base_shift": 0.5, "invert_sigmas": False, "max_image_seq_len": 8192, "max_shift": 0.9,
-    "num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": 0.02, "stochastic_sampling": False,
-    "time_shift_type": "exponential", "use_beta_sigmas": False, "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False, "use_karras_sigmas": False,
-}  # fmt: skip
-"""`scheduler/scheduler_config.json` of Qwen-Image; `flow.schedule` is its closed form."""
-
-
-def _write_scheduler(folder: Path) -> None:
-    (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")

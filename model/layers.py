@@ -4,18 +4,15 @@ Shape legend: S samples, L tokens of a stream on this rank, D width, H heads on 
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import MMDiTConfig
+from model.fused import EPS, Rows, add_gated, modulate, norm_rotate
 from model.ops import Ops
-from model.packing import Pack, Rows
-from model.rope import norm_rotate
-
-EPS = 1e-6
+from model.packing import Pack
 
 
 def sinusoid(sigma: Tensor, dim: int = 256) -> Tensor:
@@ -35,32 +32,6 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(sinusoid(sigma).to(dtype))))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-    """AdaLN: LayerNorm without affine, then x * (1 + scale) + shift with each token's row.
-
-    x [L, D]; shift, scale [R, D]. Over a run of tokens with one row, this is LayerNorm with that row as its weights.
-    """
-    if torch.compiler.is_compiling() or rows.runs is None:
-        return torch.addcmul(rows.one_hot @ shift, F.layer_norm(x, x.shape[-1:], eps=EPS), rows.one_hot @ scale + 1)
-    weight, bias = (1 + scale).unbind(), shift.unbind()
-    return _by_run(lambda row, x: F.layer_norm(x, x.shape[-1:], weight[row], bias[row], EPS), rows.runs, x)
-
-
-def add_gated(x: Tensor, y: Tensor, gate: Tensor, rows: Rows) -> Tensor:
-    """x + gate * y with each token's row of gate [R, D]."""
-    if torch.compiler.is_compiling() or rows.runs is None:
-        return torch.addcmul(x, rows.one_hot @ gate, y)
-    gates = gate.unbind()
-    return _by_run(lambda row, x, y: torch.addcmul(x, gates[row], y), rows.runs, x, y)
-
-
-def _by_run(function: Callable[..., Tensor], runs: tuple[tuple[int, int], ...], *streams: Tensor) -> Tensor:
-    lengths = [length for length, _ in runs]
-    pieces = zip(*(s.split(lengths) for s in streams), strict=True)
-    out = [function(row, *piece) for (_, row), piece in zip(runs, pieces, strict=True)]
-    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 class Stream(nn.Module):

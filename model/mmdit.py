@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import MMDiTConfig
-from model.layers import EPS, Block, OutputLayer, TimeEmbedding
+from model.fused import EPS, Rows
+from model.layers import Block, OutputLayer, TimeEmbedding
 from model.ops import Ops, full_shape, local_shard
-from model.packing import ModelInputs, Rows
+from model.packing import ModelInputs
 from model.rope import rope_table
 
 

@@ -19,9 +19,6 @@ from torch import Tensor
 
 from model.rope import sample_positions
 
-MIN_RUN = 128
-"""Tokens that runs of one modulation row must have on average to be treated run by run."""
-
 Size = tuple[int, int, int]
 """(frames, height, width) in tokens."""
 
@@ -49,10 +46,6 @@ class Pack:
     """[Lt, 3] MSRoPE positions."""
     img_pos: Tensor
     """[Li, 3]"""
-    txt_sample: Tensor
-    """[Lt] sample of each token; tail tokens say 0 (their gradient is zero)."""
-    img_sample: Tensor
-    """[Li]"""
     joint_order: Tensor
     """[Lt + Li] joint order -> index into cat(text stream, image stream)."""
     cu_seqlens: Tensor
@@ -75,10 +68,6 @@ class Pack:
         pad_txt, pad_img = -n_txt % align, -(n_target + n_ref) % align
 
         txt_pos, img_pos = _positions(shapes, "msrope", n_txt + pad_txt, n_target + n_ref + pad_img)
-        zeros = torch.zeros(max(pad_txt, pad_img), dtype=torch.long)
-        ids = torch.arange(len(shapes))
-        repeat = lambda n: ids.repeat_interleave(torch.tensor(n))  # noqa: E731
-
         txt_at = torch.arange(n_txt).split(txt_len)
         target_at = (n_txt + pad_txt + torch.arange(n_target)).split(target_len)
         ref_at = (n_txt + pad_txt + n_target + torch.arange(n_ref)).split(ref_len)
@@ -89,8 +78,6 @@ class Pack:
             shapes=tuple(shapes),
             txt_pos=txt_pos,
             img_pos=img_pos,
-            txt_sample=torch.cat([repeat(txt_len), zeros[:pad_txt]]),
-            img_sample=torch.cat([repeat(target_len), repeat(ref_len), zeros[:pad_img]]),
             joint_order=torch.cat(order + tail),
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         )
@@ -160,7 +147,7 @@ class Pack:
         return list(x[: self.n_target].split(self.target_lengths))
 
     def to(self, device: torch.device | str) -> "Pack":
-        tensors = ("txt_pos", "img_pos", "txt_sample", "img_sample", "joint_order", "cu_seqlens")
+        tensors = ("txt_pos", "img_pos", "joint_order", "cu_seqlens")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
@@ -170,42 +157,6 @@ def _positions(shapes: Sequence[SampleShape], scheme: str, n_txt: int, n_img: in
     targets, references = [images[0] for _, images in samples], [r for _, images in samples for r in images[1:]]
     text, image = torch.cat([text for text, _ in samples]), torch.cat(targets + references)
     return F.pad(text, (0, 0, 0, n_txt - len(text))), F.pad(image, (0, 0, 0, n_img - len(image)))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which row of a modulation table [R, D] each token of a stream takes; the tail takes none, or any."""
-
-    one_hot: Tensor
-    """[L, R]: `one_hot @ table` gives each token its row (and sums gradients over tokens by a matrix product)."""
-    runs: tuple[tuple[int, int], ...] | None
-    """The same as (length, row) of consecutive runs, where a whole stream is on this rank and runs are long enough
-    for one call each to cost less than the product."""
-
-    @classmethod
-    def of(cls, lengths: list[int], rows: list[int], total: int, n_rows: int, like: Tensor) -> "Rows":
-        """Rows of consecutive runs of `lengths` in a stream of `total` tokens; `like` gives device and dtype."""
-        tail = total - sum(lengths)
-        runs: list[tuple[int, int]] = []
-        for length, row in [*zip(lengths, rows, strict=True), (tail, rows[-1])]:
-            if runs and runs[-1][1] == row:
-                runs[-1] = (runs[-1][0] + length, row)
-            elif length:
-                runs.append((length, row))
-        index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
-        one_hot = torch.zeros(total, n_rows).index_put_((torch.arange(total - tail), index), torch.ones(()))
-        return cls(one_hot.to(like.device, like.dtype), tuple(runs) if total >= MIN_RUN * len(runs) else None)
-
-    def prefix(self, length: int) -> "Rows":
-        """The rows of the first `length` tokens."""
-        if torch.compiler.is_compiling() or self.runs is None:
-            return Rows(self.one_hot[:length], None)
-        runs, left = [], length
-        for run, row in self.runs:
-            if left:
-                runs.append((min(run, left), row))
-                left -= runs[-1][0]
-        return Rows(self.one_hot[:length], tuple(runs))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ Shape legend: L tokens, H heads, K head dim.
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MAX_POSITION = 4096
@@ -83,58 +82,3 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table[:, None].unbind(-1)
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
-def norm_rotate(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:
-    """RMSNorm over the head dim of x [L, H, K], then `apply_rope`; keeps nothing but x for the backward pass."""
-    if torch.compiler.is_compiling():
-        return apply_rope(F.rms_norm(x, x.shape[-1:], weight, eps), table)
-    return _NormRotate.apply(x, weight, eps, torch.view_as_complex(table))
-
-
-class _NormRotate(torch.autograd.Function):
-    """y = R(n), n = w * xhat, xhat = x * r, r = (mean x^2 + eps)^-1/2, with R a product of complex numbers.
-
-    On the CPU it goes through the tokens in pieces that fit the cache.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:
-        y, rms = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-        for part in _pieces(x):
-            r = torch.linalg.vector_norm(x[part], dim=-1, keepdim=True, dtype=torch.float32)
-            r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            _turn((x[part] * r).mul_(weight), table[part], out=y[part])
-            rms[part] = r
-        ctx.save_for_backward(x, weight, table, rms)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight, table, rms = ctx.saved_tensors
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for part in _pieces(x):
-            dn = _turn(grad[part], table[part].conj())
-            xhat = x[part] * rms[part]
-            product = dn * xhat
-            dweight += product.sum((0, 1))
-            mean = (product @ weight.float())[..., None].div_(-x.shape[-1])
-            torch.mul(dn.mul_(weight).addcmul_(xhat, mean), rms[part], out=dx[part])
-        return dx, dweight.to(weight.dtype), None, None
-
-
-def _turn(x: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
-    """Multiply channel pairs of x [L, H, K], as complex numbers, by table [L, K/2], in fp32; into `out` if given."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    if out is not None and out.dtype == torch.float32:
-        torch.mul(pairs, table[:, None], out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
-        return out
-    turned = torch.view_as_real(pairs * table[:, None]).flatten(-2)
-    return turned if out is None else out.copy_(turned)
-
-
-def _pieces(x: Tensor) -> list[slice]:
-    """Runs of tokens that fill a mebibyte of fp32 on a CPU; all tokens elsewhere."""
-    step = max(1, 2**18 // x[0].numel()) if x.device.type == "cpu" else len(x)
-    return [slice(start, start + step) for start in range(0, len(x), step)]

@@ -161,10 +161,11 @@ def test_checkpoint_of_another_config(tmp_path):
     from data_pipeline.encoding import Encoder
     from data_pipeline.sample import RawSample
     from data_pipeline.shards import write_raw
-    from model.conditioner import Conditioner, write_tiny_components
+    from model.conditioner import Conditioner
     from model.config import MMDiTConfig
     from model.diffusers_io.folder import write_pipeline
     from model.mmdit import MMDiT
+    from model.tiny_components import write_tiny_components
     from vae.autoencoder import VAE
     from vae.config import PRESETS
 

@@ -13,7 +13,7 @@ from data_pipeline.loader import EncodedDataset, Loader
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import read_raw, write_raw
 from data_pipeline.synthesis.shapes_world import prompt_of, render, sample_prompt
-from model.conditioner import Conditioner, write_tiny_components
+from model.conditioner import Conditioner
 from model.config import PRESETS
 from model.diffusers_io.folder import write_pipeline
 from model.mmdit import MMDiT
@@ -21,6 +21,7 @@ from model.packing import token_size
 from model.sampling.draw import Request, Sampler
 from model.sampling.guidance import Condition
 from model.sampling.schedule import FixedSchedule
+from model.tiny_components import write_tiny_components
 from training.engine.checkpoint import read_weights
 from training.engine.config import EngineConfig, OptimizerConfig
 from training.engine.step import Engine

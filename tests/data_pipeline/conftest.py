@@ -91,7 +91,7 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random text encoder and VAE."""
     import torch
 
-    from model.conditioner import write_tiny_components
+    from model.tiny_components import write_tiny_components
     from vae.autoencoder import PRESETS, VAE
 
     folder = tmp_path_factory.mktemp("components")

@@ -16,9 +16,9 @@ from command_line import UserError, write_toml
 from data_pipeline.sample import EncodedSample
 from evaluation.__main__ import Config, main
 from evaluation.runner import read_picture
-from model.conditioner import write_tiny_components
 from model.config import MMDiTConfig
 from model.diffusers_io.folder import write_pipeline
+from model.tiny_components import write_tiny_components
 from training.engine.checkpoint import read_weights
 from training.engine.config import EngineConfig, OptimizerConfig
 from training.engine.step import Engine

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.conditioner import write_tiny_components
+from model.tiny_components import write_tiny_components
 from vae.autoencoder import VAE
 from vae.config import PRESETS
 

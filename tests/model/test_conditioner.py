@@ -9,7 +9,8 @@ from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImag
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
-from model.conditioner import SPECIAL_TOKENS, TEMPLATES, Conditioner, fit_area, write_tiny_components
+from model.conditioner import TEMPLATES, Conditioner, fit_area
+from model.tiny_components import SPECIAL_TOKENS, write_tiny_components
 
 PROMPTS = [
     "a red circle",

@@ -9,8 +9,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from scipy import stats
 
 from model import flow
-from model.conditioner import SCHEDULER
 from model.sampling.schedule import FixedSchedule, noise_levels
+from model.tiny_components import SCHEDULER
 
 
 def scheduler_sigmas(steps: int, tokens: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from tiny_models import CONFIG, case, random_model, relative, run_ours
 
 from model.diffusers_io.folder import write_pipeline
-from model.rope import apply_rope, norm_rotate, rope_table, sample_positions
+from model.fused import norm_rotate
+from model.rope import apply_rope, rope_table, sample_positions
 
 
 def test_msrope_centres_images_and_lays_text_on_the_diagonal():

@@ -16,7 +16,7 @@ SIZE_PX = 32
 
 
 def make_components(folder: Path) -> None:
-    from model.conditioner import write_tiny_components
+    from model.tiny_components import write_tiny_components
     from vae.autoencoder import VAE
     from vae.config import PRESETS
 
