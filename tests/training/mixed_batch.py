@@ -97,7 +97,7 @@ def rounding_errors(build: Callable[..., nn.Module], exact: dict[str, Tensor], d
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:
-    """`model.rope.norm_rotate` in the precision of x."""
+    """`model.fused.norm_rotate` in the precision of x."""
     pairs = nn.functional.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (-1, 2))
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(table.to(x.dtype))[:, None]
     return torch.view_as_real(turned).flatten(-2)
