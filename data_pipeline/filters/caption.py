@@ -5,15 +5,34 @@ import re
 from data_pipeline.filters.tools import tokenizer
 from data_pipeline.filters.view import View
 
+_QUOTED = re.compile(
+    r'"[^"]*"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|»[^«]*«|「[^」]*」|『[^』]*』|《[^》]*》|`[^`]*`'
+    r"|‘[^’]*’(?!\w)|(?<![\w'])'(?!\s)[^'\n]*(?:'(?=\w)[^'\n]*)*(?<!\s)'(?!\w)"
+)
+"""Text that a caption says is in the picture; an apostrophe inside a word opens and closes nothing."""
+_CANNOT = r"i(?: can(?:no|')t| can not|(?:'m| am) (?:un|not )able to| (?:do not|don't) have)\b"
 _REFUSAL = re.compile(
-    r"\b(i('m| am) (sorry|unable)|i (can(no|')t|cannot|am not able to|do not have)|as an ai|sorry, (but )?i)\b"
-    r"|(抱歉|对不起|无法(查看|识别|描述|提供)|作为(一个)?(人工智能|AI))",
+    rf"\b(?:sorry|apologi[sz]e)\b[,.]?(?: but)? {_CANNOT}"
+    rf"|\bi(?: can(?:no|')t| can not|(?:'m| am) (?:un|not )able to) (?:help (?:you|with|identify|describ)|assist|comply"
+    r"|(?:see|view|describe|identify|recogni[sz]e|process|open|access|analy[sz]e|read|display|provide|generate|tell)\b"
+    r"[^.!?\n]{0,30}\b(?:it|this|that|you|image|picture|photo\w*|content|file|link|caption|description|people|person)\b)"
+    rf"|\bas an? (?:ai|artificial intelligence)(?: [a-z]+){{0,3}},? (?:{_CANNOT}|i\b|my\b)|\bas an ai language model\b"
+    r"|(?:抱歉|对不起)[^。！？\n]{0,12}(?:无法|不能|没法|没有办法)"
+    r"|(?:我|作为[^，。]{1,12}[，,]?我?)(?:无法|不能)(?:查看|看到|识别|描述|提供|回答|处理)"
+    r"|无法(?:查看|看到|识别|描述|提供|访问)[^。，的]{0,8}(?:图片|图像|照片|内容|信息)"
+    r"|(?:图片|图像|照片)无法(?:查看|识别|显示|加载|打开)"
+    r"|作为(?:一[个名款])?(?:人工智能|AI)(?:语言|助手|模型)*[，,]?我",
     re.IGNORECASE,
 )
 _REMAINS = re.compile(
-    r"https?://|www\.|<[a-z/!][^>]*>|&(nbsp|amp|quot|lt|gt);|\{\{|\}\}|%[0-9A-F]{2}|�|Ã.|â€"
-    r"|^\W*(img|dsc|dscn|image|photo|picture|untitled|screenshot|null|none|nan|undefined|n/?a|jpe?g|png)"
-    r"[\s_\-.\d]*(jpe?g|png|gif)?\W*$",
+    r"https?://|\bwww\.\w|</?[a-z][a-z0-9]*(?:\s[^<>]*=[^<>]*)?\s*/?>|<!--|&(?:[a-z]{2,6}|#\d{1,6});|\{\{|\}\}"
+    r"|%[c-f][0-9a-f]%[89ab][0-9a-f]|\w%2[0-9a-f](?=[^\W\d_])",
+    re.IGNORECASE,
+)
+"""URLs, tags, entities, templates, percent-encoded letters (of UTF-8) and punctuation (before a letter)."""
+_FILE_NAME = re.compile(
+    r"\W*(img|dsc|dscn|image|photo|picture|untitled|screenshot|null|none|nan|undefined|n/?a|jpe?g|png)"
+    r"[\s_\-.()\d]*(jpe?g|png|gif)?\W*",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[一-鿿぀-ヿ가-힯]|[^\W\d_]+", re.UNICODE)
@@ -35,9 +54,27 @@ def invalid_caption(view: View) -> float:
 
 
 def says_nothing(text: str) -> bool:
-    """Whether a caption is empty, a refusal, a file name, markup, a URL, mojibake, or repeats itself."""
+    """Whether a caption is empty, a refusal, a file name, markup, a URL, mojibake, or repeats itself.
+
+    What it quotes is in the picture and may be anything but mojibake, which no sign shows.
+    """
     text = text.strip()
-    return bool(not text or _REFUSAL.search(text) or _REMAINS.search(text) or _repeats(text))
+    if not text or _FILE_NAME.fullmatch(text) or _is_misdecoded(text):
+        return True
+    said = _QUOTED.sub('""', text)
+    said = (said if _WORD.search(said) else text).replace("’", "'")
+    return bool(_REFUSAL.search(said) or _REMAINS.search(said) or _repeats(said))
+
+
+def _is_misdecoded(text: str) -> bool:
+    """Whether bytes were lost, or UTF-8 was read as another encoding, in the caption or in something that it quotes.
+
+    Quotations are judged apart, for “MAÇÃ” ends in bytes that could be UTF-8.
+    """
+    from ftfy.badness import is_bad
+
+    quoted = [q[1:-1] for q in _QUOTED.findall(text)]
+    return "\ufffd" in text or any(map(is_bad, [_QUOTED.sub('""', text), *quoted]))
 
 
 def _repeats(text: str) -> bool:

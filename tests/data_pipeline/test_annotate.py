@@ -256,6 +256,7 @@ def test_annotations_are_read_and_cleaned():
     found = read_annotation(f"Sure! {json.dumps(extra)} Anything else?")
     assert found.keys() == {f.name for f in FIELDS} and found["type"] == "photograph"
     assert found["watermarks"] == ["shutterstock"]
+    read_annotation(json.dumps(GOOD | {"caption": 'A card with the address "www.anaruiz.com" and "I am sorry" below.'}))
     for answer in ("", "no", "{", "[1]", '{"caption": NaN'):
         with pytest.raises(ValueError):
             read_annotation(answer)

@@ -6,6 +6,7 @@ import numpy as np
 import planted
 import pytest
 
+from data_pipeline.filters.caption import says_nothing
 from data_pipeline.filters.duplicates import find_duplicates, thumbnail
 from data_pipeline.filters.table import FILTERS, LABELS, SET_FILTERS
 from data_pipeline.filters.view import View
@@ -158,6 +159,35 @@ def test_captions_that_say_nothing():
     good = [f"{c}{end}" for c in GOOD_CAPTIONS for end in ("", ".", " by day", "  ", ", seen from above", " 照片")]
     bad = [f"{pad}{c}{pad}" for c in BAD_CAPTIONS for pad in ("", " ", "\n", "  ")]
     check("invalid_caption", [view(b"", c) for c in good], [view(b"", c) for c in bad])
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        'A protester\'s sign reads "I can\'t breathe"', "A shirt that says “I can’t breathe”", "门上的纸条写着“对不起”",
+        'A card that says "Sorry, I am late"', "a poster that says 'I can't see the picture' in white letters",
+        'A van with "www.anaruiz.com" on its side', "A shop window with the address “https://ana.example/a?b=1”",
+        "A label that reads 100%beef", "shirt, 100%cotton", "5%20%30% as steps of a chart", "a<b and c>d",
+        "Uma rua de São Paulo", "Uma placa que diz não fume", "“MAÇÃ” na etiqueta", "POKÉMON™ cards", "Đà Nẵng",
+        "a wall with `<b>bold</b>` and `{{ name }}` on it", 'A lamb that says "baa baa baa baa baa baa baa baa baa"',
+        "I can't believe it's not butter: a jar of margarine", "A robot dressed as an AI assistant",
+        "她对他说对不起，他笑了", "一个无法识别的物体", "The dogs' dinner isn't ready; the cats' is",
+    ],
+)  # fmt: skip
+def test_captions_may_quote_anything_and_be_in_any_language(caption: str):
+    assert not says_nothing(caption)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "I'm sorry, but I can't read the text \"OPEN\"", '"I am sorry, I cannot describe this image."',
+        "I’m sorry, but I can’t.", "抱歉，我不能回答", "作为AI语言模型，我没有眼睛", 'A sign reads "CafÃ© Central"',
+        "nÃ£o fume", "caf%C3%A9", "a%20red%20cat", 'See https://a.example for "SALE"', "&#39;cat&#39; on a mat",
+    ],
+)  # fmt: skip
+def test_quotations_hide_no_bad_caption(caption: str):
+    assert says_nothing(caption)
 
 
 def test_words_are_counted_in_every_script():

@@ -143,7 +143,10 @@ GOOD_CAPTIONS = [
     "A street sign reading “Rue de l'Église”", "Logo: a fox inside a circle", "View from the 102nd floor", "red on red",
     "the long and winding road that leads over the hill and into the next valley", "Photograph of a photograph",
     "A slide titled Q3 results, revenue up 12 %", "Сад весной", "black-and-white portrait, 1920s", "No. 5",
-    "menu: soup, bread, fish & chips",
+    "menu: soup, bread, fish & chips", 'A mug that says "Sorry, I can\'t adult today"', "Um gato dorme no sofá, Belém",
+    'Business card with "info@lopez.example" and "www.lopez.example"', "春联写着“对不起，我不能走”", "Irmãos à mesa",
+    "A T-shirt printed with “404: page not found &nbsp;”", "Plakat mit «ÜBER DEN DÄCHERN»", "ação e reação, cartaz",
+    'Screen with the line "{{ user }}" in green', "Ao pôr do sol, crianças jogam futebol no chão de terra",
 ]  # fmt: skip
 BAD_CAPTIONS = [
     "PXL_20230101.jpg", "screenshot 12", "Untitled-3", "NaN", "none", "undefined", "DSCN0421.JPG", "picture.png",
