@@ -5,19 +5,23 @@ from collections import Counter, defaultdict
 
 DOMAIN_SHARES = {"nature": 0.55, "design": 0.27, "people": 0.13, "synthetic": 0.05}
 """Of the Qwen-Image report, section 3.1."""
+FULL_AT = 1 / 4
+"""Of its share: a domain that has so much of it lays claim to all of it, one that has less to that in proportion."""
 
 
 def domain_excess(keys: list[str], domains: list[str]) -> list[float | None]:
     """Each sample's place in its domain over the domain's quota: above 1 there are too many of its kind.
 
-    Quotas are the largest that have the shares of `DOMAIN_SHARES`, renormalised over the domains that occur. Places
-    are by a hash of the key. None for other domains, which are not counted.
+    A quota is the domain's share (`DOMAIN_SHARES`) of all samples that there are, unknown ones too, not of what the
+    scarcest domain could fill: a shortage of one is not mended by throwing others away. Shares that scarce or absent
+    domains don't lay claim to are dealt to all, so that one sample of a domain costs the others a handful at most, and
+    a set of one domain stays whole. Places are by a hash of the key. None for other domains and for unknown.
     """
     counts = Counter(d for d in domains if d in DOMAIN_SHARES)
-    total = min((n / DOMAIN_SHARES[d] for d, n in counts.items()), default=0.0)
+    claimed = sum(min(DOMAIN_SHARES[d], n / (FULL_AT * len(domains))) for d, n in counts.items())
     places = _places(keys, domains, [0.0] * len(keys))
     return [
-        place / max(1.0, round(total * DOMAIN_SHARES[d], 6)) if d in DOMAIN_SHARES else None
+        place / max(1.0, round(len(domains) * DOMAIN_SHARES[d] / claimed, 6)) if d in DOMAIN_SHARES else None
         for place, d in zip(places, domains, strict=True)
     ]
 

@@ -1,5 +1,6 @@
 """Stage 5 on planted codes and frames; stages 6 and 7 on data sets made up for them."""
 
+import itertools
 from collections import Counter
 
 import planted
@@ -19,18 +20,34 @@ def test_planted_marks(name: str, planter: planted.Planter):
     check(name, good_views(), plant((planter,), LARGE))
 
 
-def test_domains_get_their_shares_and_as_many_as_there_are():
-    counts = {"nature": 900, "design": 100, "people": 300, "synthetic": 50, "unknown": 70}
-    domains = [name for name, n in counts.items() for _ in range(n)]
+@pytest.mark.parametrize(
+    ("counts", "kept"),
+    [
+        ((10_000, 0, 1, 0), (9_993, 0, 1, 0)),
+        ((9_000, 900, 80, 21), (6_393, 900, 80, 21)),
+        ((8_000, 1_000, 800, 200), (5_500, 1_000, 800, 200)),
+        ((550, 270, 130, 50), (550, 270, 130, 50)),
+        ((0, 10, 0, 0), (0, 10, 0, 0)),
+        ((500, 500, 0, 0), (500, 329, 0, 0)),
+        ((1, 0, 0, 10_000), (1, 0, 0, 9_921)),
+        ((900, 100, 300, 50, 70), (781, 100, 184, 50, 70)),
+        ((900, 0, 100, 0, 9_000), (900, 0, 100, 0, 9_000)),
+    ],
+)
+def test_a_domain_gets_its_share_of_what_there_is(counts: tuple[int, ...], kept: tuple[int, ...]):
+    names = [*DOMAIN_SHARES, "unknown"][: len(counts)]
+    domains = [name for name, n in zip(names, counts, strict=True) for _ in range(n)]
     keys = [f"k{i}" for i in range(len(domains))]
-    kept = Counter(d for d, x in zip(domains, domain_excess(keys, domains), strict=True) if x is None or x <= 1)
-    assert kept["unknown"] == 70 and kept["design"] == 100  # design is the scarcest: its quota is all of it
-    total = sum(kept.values()) - 70
-    for name, share in DOMAIN_SHARES.items():
-        assert kept[name] / total == pytest.approx(share, abs=0.005)
+    found = Counter(d for d, x in zip(domains, domain_excess(keys, domains), strict=True) if x is None or x <= 1)
+    assert tuple(found[name] for name in names) == kept
+
+
+def test_one_sample_of_a_domain_costs_the_others_little():
+    for many, few in itertools.permutations(DOMAIN_SHARES, 2):
+        for n in (1, 3):
+            excess = domain_excess([f"k{i}" for i in range(4_000 + n)], [many] * 4_000 + [few] * n)
+            assert sum(x > 1 for x in excess) <= 4 * n / DOMAIN_SHARES[many]
     assert domain_excess([], []) == []
-    two = domain_excess(keys[:200], ["nature"] * 120 + ["people"] * 80)
-    assert sum(x <= 1 for x in two[:120]) == 120 and sum(x <= 1 for x in two[120:]) == int(120 / 0.55 * 0.13)
 
 
 def test_what_is_drawn_does_not_depend_on_the_order_of_samples():
