@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         return
     recipe.load()
-    _require_same(config, recipe.fonts())
+    _require_same(config, recipe.sources_read())
     passages = recipe.passages(config.count, config.min_occurrences) if config.min_occurrences else {}
     jobs = ((i, passages.get(i)) for indices in todo.values() for i in indices)
     samples = map_ordered(partial(make_job, recipe), jobs, config.workers)
@@ -78,32 +78,41 @@ def main(config: Config) -> None:
             write_raw(path, _count(islice(samples, len(indices)), bar))
 
 
-def _require_same(config: Config, fonts: dict[str, str]) -> None:
-    """Note in the folder what it is made of; UserError if it was begun with other settings or other fonts."""
+def _require_same(config: Config, sources: dict[str, dict[str, str]]) -> None:
+    """Note in the folder what it is made of; UserError if it was begun with other settings or other sources.
+
+    Corpus, templates, photographs and fonts are told by their contents, so where they lie doesn't matter.
+    """
     import json
 
     from files import write_json
 
-    names = ("kinds", "count", "size", "seed", "corpus", "templates", "min_occurrences", "shard_size")
-    wanted = {n: str(v) if isinstance(v := getattr(config, n), Path) else v for n in names}
+    names = ("kinds", "count", "size", "seed", "photos", "min_occurrences", "shard_size")
+    wanted = {n: getattr(config, n) for n in names}
+    wanted["photos"] = config.photos and sorted(set(config.photos))
     path = config.out / "synthesis.json"
     config.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        write_json(path, wanted | {"fonts": fonts})
+        write_json(path, wanted | sources)
     there = json.loads(path.read_text())
     if differing := [n for n in names if there.get(n) != wanted[n]]:
-        what = ", ".join(f"--{n.replace('_', '-')} {there.get(n)}" for n in differing)
+        what = ", ".join(f"--{n.replace('_', '-')} {_as_flag(there.get(n))}" for n in differing)
         raise UserError(f"{config.out} was begun with {what}; choose another --out or delete the folder")
-    if changes := _font_changes(there.get("fonts", fonts), fonts):
-        raise UserError(f"{config.out} was begun with other fonts ({changes}); install those, or choose another --out")
+    for what, here in sources.items():
+        if changes := _changes(there.get(what, here), here):
+            raise UserError(f"{config.out} was begun with other {what} ({changes}); use those, or choose another --out")
 
 
-def _font_changes(there: dict[str, str], here: dict[str, str]) -> str:
-    """In words, naming the first few: which fonts are gone, new or other files; '' if none."""
+def _as_flag(value: object) -> object:
+    return " ".join(value) if isinstance(value, list) else value
+
+
+def _changes(there: dict[str, str], here: dict[str, str]) -> str:
+    """In words, naming the first few: which sources are gone, new or other files; '' if none."""
     changes = {
         "gone": sorted(there.keys() - here.keys()),
         "new": sorted(here.keys() - there.keys()),
-        "another file": sorted(name for name in there.keys() & here.keys() if there[name] != here[name]),
+        "changed": sorted(name for name in there.keys() & here.keys() if there[name] != here[name]),
     }
     named = {what: ", ".join(n[:3]) + (f" and {len(n) - 3} more" if len(n) > 3 else "") for what, n in changes.items()}
     return "; ".join(f"{what}: {names}" for what, names in named.items() if names)

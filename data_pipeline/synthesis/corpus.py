@@ -5,6 +5,7 @@ poems and prose in the public domain, in English, Chinese and both mixed.
 """
 
 import bisect
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ class Corpus:
     passages: dict[str, list[str]]
     """language -> passages; languages without any are left out."""
     widths: dict[str, list[float]]
+
+    def digest(self) -> str:
+        """Hash of the passages, whichever files they came from."""
+        found = hashlib.blake2b(digest_size=8)
+        for language, passages in self.passages.items():
+            found.update(f"{language} {len(passages)}\n".encode())
+            found.update("\n".join(passages).encode())
+        return found.hexdigest()
 
     def draw(self, rng: np.random.Generator, language: str, most: float, least: float = 0.0) -> str | None:
         """A passage of at most `most` em, its length drawn between `least` and that; None if there is none.

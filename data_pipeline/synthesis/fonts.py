@@ -95,13 +95,13 @@ def choose_face(faces: tuple[Face, ...], text: str, rng: np.random.Generator) ->
     return family[rng.integers(len(family))]
 
 
-def file_hashes(faces: tuple[Face, ...]) -> dict[str, str]:
-    """Name of each face -> hash of its file."""
-    files = {face.path: "" for face in faces}
-    for path in files:
+def file_hashes(files: dict[str, Path]) -> dict[str, str]:
+    """name -> hash of its file; each file is read once."""
+    hashes = {}
+    for path in set(files.values()):
         with open(path, "rb") as file:
-            files[path] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-    return {face.name: files[face.path] for face in faces}
+            hashes[path] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    return {name: hashes[path] for name, path in files.items()}
 
 
 def _read_faces(path: Path) -> list[Face]:

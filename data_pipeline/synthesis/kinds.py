@@ -13,7 +13,7 @@ from data_pipeline.synthesis.corpus import read_corpus
 from data_pipeline.synthesis.fonts import file_hashes, find_faces
 from data_pipeline.synthesis.picture import Picture, draw_size, generator, to_sample
 from data_pipeline.synthesis.rare_characters import passages_showing_all, spread
-from data_pipeline.synthesis.templates import read_templates
+from data_pipeline.synthesis.templates import read_templates, template_files
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,17 @@ class Recipe:
         if "layout" in kinds:
             _templates(self.sources.templates)
 
-    def fonts(self) -> dict[str, str]:
-        """Name -> hash of the file of each font that the pictures may show."""
-        return file_hashes(_faces()) if WITH_TEXT & {kind for kind, _ in self.weights} else {}
+    def sources_read(self) -> dict[str, dict[str, str]]:
+        """What the pictures may show, by its contents: fonts, corpus, templates, photographs, each name -> hash."""
+        kinds, sources = {kind for kind, _ in self.weights}, self.sources
+        views = _views(sources.photos) if kinds & {"photo", "layout"} else ()
+        views += tuple(p.view for p in _places(sources.photos)) if kinds & {"scene", "edit"} else ()
+        return {
+            "fonts": file_hashes({f.name: f.path for f in _faces()} if kinds & WITH_TEXT else {}),
+            "texts": {"corpus": _corpus(sources.corpus).digest()} if kinds & WITH_TEXT else {},
+            "layouts": file_hashes(template_files(sources.templates) if "layout" in kinds else {}),
+            "photographs": file_hashes({view.path.name: view.path for view in views}),
+        }
 
     def passages(self, count: int, at_least: int) -> dict[int, str]:
         """Passages for text samples of the first `count` that make every drawable character appear `at_least` times.

@@ -72,11 +72,16 @@ class Template:
 
 def read_templates(folder: Path | None = None) -> tuple[Template, ...]:
     """The templates of a folder; the embedded ones without a folder. ValueError names the file and what is wrong."""
+    return tuple(_read_template(path) for path in template_files(folder).values())
+
+
+def template_files(folder: Path | None = None) -> dict[str, Path]:
+    """Name -> file of each template, in the order of `read_templates`; ValueError if the folder holds none."""
     folder = folder or EMBEDDED
     paths = sorted(folder.glob("*.toml"))
     if not paths:
         raise ValueError(f"{folder} holds no .toml templates")
-    return tuple(_read_template(path) for path in paths)
+    return {path.stem: path for path in paths}
 
 
 def _read_template(path: Path) -> Template:

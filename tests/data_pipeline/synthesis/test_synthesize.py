@@ -137,10 +137,57 @@ def test_other_fonts_are_noticed(tmp_path: Path, run_entry) -> None:
     del other["DejaVu Serif Bold"]
     (tmp_path / "synthesis.json").write_text(json.dumps(noted | {"fonts": other}))
     refused = run_entry(SCRIPT, *flags)
-    said = "begun with other fonts (gone: Comic Sans Bold; new: DejaVu Serif Bold; another file: DejaVu Sans Bold)"
+    said = "begun with other fonts (gone: Comic Sans Bold; new: DejaVu Serif Bold; changed: DejaVu Sans Bold)"
     assert refused.returncode == 2 and said in refused.stderr.splitlines()[-1]
     assert not (tmp_path / "shard-000001.tar").exists()
     (tmp_path / "synthesis.json").write_text(json.dumps(noted))
     assert run_entry(SCRIPT, *flags).returncode == 0
     shapes = run_entry(SCRIPT, "--out", tmp_path / "shapes", "--kinds", "shapes", "--count", 1, "--workers", 1)
     assert shapes.returncode == 0 and json.loads((tmp_path / "shapes" / "synthesis.json").read_text())["fonts"] == {}
+
+
+def test_other_photographs_are_refused_after_a_lost_shard(tmp_path: Path, run_entry) -> None:
+    flags = ("--kinds", "photo", "--count", 4, "--size", 64, "--shard-size", 2, "--workers", 1, "--out", tmp_path)
+    assert run_entry(SCRIPT, *flags, "--photos", "chelsea.png", "coffee.png").returncode == 0
+    lost = tmp_path / "shard-000001.tar"
+    before = lost.read_bytes()
+    lost.unlink()
+    for others in ((), ("--photos", "chelsea.png")):
+        refused = run_entry(SCRIPT, *flags, *others)
+        assert refused.returncode == 2 and "begun with --photos chelsea.png coffee.png" in refused.stderr
+        assert not lost.exists()
+    assert run_entry(SCRIPT, *flags, "--photos", "coffee.png", "chelsea.png").returncode == 0
+    assert lost.read_bytes() == before
+    noted = json.loads((tmp_path / "synthesis.json").read_text())
+    assert set(noted["photographs"]) == {"chelsea.png", "coffee.png"} and not noted["fonts"] and not noted["texts"]
+    (tmp_path / "synthesis.json").write_text(
+        json.dumps(noted | {"photographs": noted["photographs"] | {"coffee.png": "00"}})
+    )
+    refused = run_entry(SCRIPT, *flags, "--photos", "chelsea.png", "coffee.png")
+    assert refused.returncode == 2 and "other photographs (changed: coffee.png)" in refused.stderr
+
+
+def test_corpus_and_templates_are_told_by_their_contents(tmp_path: Path, run_entry) -> None:
+    from data_pipeline.synthesis import templates
+
+    (tmp_path / "corpus.txt").write_text("Zebras jump.\nQuick fox\n", encoding="utf-8")
+    (tmp_path / "templates").mkdir()
+    menu = (templates.EMBEDDED / "menu.toml").read_text(encoding="utf-8")
+    (tmp_path / "templates" / "menu.toml").write_text(menu, encoding="utf-8")
+    out = ("--count", 2, "--size", 192, "--workers", 1, "--kinds", "text,layout", "--out", tmp_path / "out")
+
+    def again(corpus: str, folder: str) -> subprocess.CompletedProcess:
+        return run_entry(SCRIPT, *out, "--corpus", tmp_path / corpus, "--templates", tmp_path / folder)
+
+    first = again("corpus.txt", "templates")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "corpus.txt").rename(tmp_path / "moved.txt")
+    (tmp_path / "templates").rename(tmp_path / "moved")
+    assert again("moved.txt", "moved").returncode == 0
+    (tmp_path / "moved" / "menu.toml").write_text(menu + "\n# mended\n", encoding="utf-8")
+    refused = again("moved.txt", "moved")
+    assert refused.returncode == 2 and "begun with other layouts (changed: menu)" in refused.stderr
+    (tmp_path / "moved" / "menu.toml").write_text(menu, encoding="utf-8")
+    (tmp_path / "other.txt").write_text("Zebras jump.\nQuick ox\n", encoding="utf-8")
+    refused = again("other.txt", "moved")
+    assert refused.returncode == 2 and "begun with other texts (changed: corpus)" in refused.stderr
