@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.pictures import decode
-from data_pipeline.sample import EncodedSample, RawSample
+from data_pipeline.sample import EncodedSample, RawSample, set_apart
 from data_pipeline.tar_index import Entry, read_member, scan, tar_index
 from files import atomic_file, remove_leftovers
 
@@ -217,7 +217,7 @@ def _raw_sample(key: str, members: dict) -> RawSample:
     references = [members.get(f"reference.{i}.png") for i in range(sum(n.startswith("reference.") for n in members))]
     if None in references:
         raise ValueError("a reference is missing")
-    return RawSample(key, members[ext], ext, meta, references, members.get("mask.png"))
+    return RawSample(key, members[ext], ext, set_apart(meta), references, members.get("mask.png"))
 
 
 def read_members(path: Path, report: OnProblem) -> Iterator[dict]:

@@ -1,7 +1,7 @@
 """A user's own data as raw samples: pictures with a caption beside each, or webdataset tars as other tools write them.
 
 Pictures in jpg or png are kept byte for byte; other formats become png. A caption is `NAME.txt`, or "caption" in
-`NAME.json`, whose other fields are kept.
+`NAME.json`, whose other fields are kept, under "user" where a name of ours means something else.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.pictures import decode
-from data_pipeline.sample import RawSample
+from data_pipeline.sample import RawSample, set_apart
 from data_pipeline.shards import OnProblem, Problem, read_members
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
@@ -78,8 +78,9 @@ def raw_sample(name: str, image: bytes, texts: dict[str, bytes]) -> RawSample:
         picture.save(file, "PNG")
         image = file.getvalue()
     width, height = picture.size
-    record |= {"source": "user", "file": name, "width": width, "height": height}
-    return RawSample(sample_key(name), image, ext, record)
+    ours = {"source": "user", "file": name, "width": width, "height": height}
+    theirs = [field for field, value in ours.items() if record.get(field, value) != value]
+    return RawSample(sample_key(name), image, ext, set_apart(record, *theirs) | ours)
 
 
 def sample_key(name: str) -> str:

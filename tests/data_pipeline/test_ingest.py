@@ -8,6 +8,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data_pipeline.annotation import Annotator, Splits
 from data_pipeline.pictures import decode
 from data_pipeline.shards import list_shards, read_raw
 
@@ -87,6 +88,63 @@ def test_bad_pictures_are_all_named_and_only_left_out_on_request(folder: Path, i
     else:
         assert result.returncode == 2 and "4 of 20 pictures" in lines and "--skip-bad" in lines
         assert not (tmp_path / "out").exists()
+
+
+ANNOTATION = {
+    "caption": "An astronaut before a flag.",
+    "caption_short": "An astronaut.",
+    "type": "photograph",
+    "style": "official",
+    "domain": "people",
+    "category": "people/astronaut",
+    "watermarks": [],
+    "abnormal_elements": [],
+}
+THEIRS = {
+    "labels": ["cat"],
+    "captions": ["a cat", "a sofa"],
+    "category": ["animal", "cat"],
+    "domain": {"name": "flickr.example"},
+    "annotation": "by hand",
+    "caption_split": "train",
+    "scores": {"likes": "many"},
+    "lines": [{"text": "SALE"}],
+    "source": "flickr",
+    "width": "wide",
+    "bucket": "s3://pictures",
+    "crop": None,
+    "user": "ana",
+}
+
+
+def test_fields_of_a_user_survive_every_stage_and_break_none(ingest, run_entry, tmp_path: Path, photograph: np.ndarray):
+    folder, raw, out = (tmp_path / name for name in ("photos", "raw", "out"))
+    folder.mkdir()
+    for i, fields in enumerate([*({name: value} for name, value in THEIRS.items()), THEIRS, {"labels": {"by": "ana"}}]):
+        Image.fromarray(photograph[2 * i : 2 * i + 90, :80]).save(folder / f"{i}.png")
+        (folder / f"{i}.json").write_text(
+            json.dumps({"caption": "a portrait of an astronaut", "mood": "calm"} | fields)
+        )
+    assert ingest(folder, raw).returncode == 0
+    flags = ("--stages", "3,6,7", "--workers", 1)
+    curated = run_entry("data_pipeline/curate.py", "--data", raw, "--out", out, *flags)
+    assert curated.returncode == 0, curated.stderr
+    for where in (raw, out):
+        found = {s.meta["file"]: s.meta for s in samples(where)}
+        assert len(found) == len(THEIRS) + 2
+        for i, (name, value) in enumerate(THEIRS.items()):
+            assert found[f"{i}.png"]["user"] == {name: value} and found[f"{i}.png"]["mood"] == "calm"
+        assert found[f"{len(THEIRS)}.png"]["user"] == THEIRS
+        assert all(meta["source"] == "user" and meta["width"] == 80 for meta in found.values())
+    labels = found[f"{len(THEIRS) + 1}.png"]["labels"]
+    assert labels["by"] == "ana" and labels["caption_split"] == "raw"
+    annotator = Annotator(lambda question, pictures: json.dumps(ANNOTATION), Splits())
+    annotated = {s.meta["file"]: annotator.annotate(s).meta for s in samples(out)}
+    for i, (name, value) in enumerate(THEIRS.items()):
+        meta = annotated[f"{i}.png"]
+        assert meta["user"] == {name: value} and meta["captions"]["raw"] == "a portrait of an astronaut"
+    browsed = run_entry("data_pipeline/browse.py", "--data", out, "--out", tmp_path / "page.html")
+    assert browsed.returncode == 0, browsed.stderr
 
 
 def test_tars_of_other_tools(ingest, tmp_path: Path, photograph: np.ndarray):
