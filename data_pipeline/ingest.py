@@ -43,7 +43,7 @@ def main(config: Config) -> None:
     from data_pipeline.user_data import find_pictures, find_tars
 
     tars = find_tars(config.data)
-    pictures = [] if config.data.is_file() else find_pictures(config.data)
+    pictures = {} if config.data.is_file() else find_pictures(config.data)
     if tars and pictures:
         raise UserError(f"{config.data} holds both tars and loose pictures; give a folder with one kind")
     if not tars and not pictures:
@@ -83,7 +83,7 @@ def ingest_tars(tars: list[Path], config: Config):
     return stage
 
 
-def ingest_pictures(paths: list[Path], config: Config):
+def ingest_pictures(pictures: dict[Path, list[Path]], config: Config):
     """Write raw shards of a folder's pictures. UserError, with nothing written, names those that cannot be used."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -91,7 +91,7 @@ def ingest_pictures(paths: list[Path], config: Config):
     from data_pipeline.shards import Problem, shard_name, write_raw
     from data_pipeline.user_data import PictureFile
 
-    files = [PictureFile(path, str(path.relative_to(config.data))) for path in paths]
+    files = [PictureFile(path, str(path.relative_to(config.data)), tuple(parts)) for path, parts in pictures.items()]
     groups = {
         shard_name(i): files[at : at + config.shard_size]
         for i, at in enumerate(range(0, len(files), config.shard_size))
@@ -123,7 +123,7 @@ def stamps(group: "list[PictureFile]") -> str:
 
     from data_pipeline.shard_stage import file_stamp
 
-    found = [(p.name, *file_stamp(p).values()) for file in group for p in (file.path, *file.caption_files)]
+    found = [(p.name, *file_stamp(p).values()) for file in group for p in (file.path, *file.caption_files, *file.parts)]
     return hashlib.blake2b(repr([[file.name for file in group], found]).encode(), digest_size=16).hexdigest()
 
 

@@ -2,21 +2,33 @@
 
 Pictures in jpg or png are kept byte for byte; other formats become png. A caption is `NAME.txt`, or "caption" in
 `NAME.json`, whose other fields are kept, under "user" where a name of ours means something else.
+The result of an edit has NAME.reference.0.png and so on beside it, and perhaps NAME.mask.png; its caption is then the
+instruction.
 """
 
 import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.pictures import decode
 from data_pipeline.sample import RawSample, set_apart
 from data_pipeline.shards import OnProblem, Problem, read_members
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+_PNG = b"\x89PNG"
+_PARTS = {"source": "reference", "input": "reference", "before": "reference", "output": "target", "after": "target"}
+_PART = re.compile(
+    rf"(?:(?P<part>reference|mask|target|{'|'.join(_PARTS)})(?:[._]?(?P<number>\d+))?\.)?(?:{'|'.join(PICTURES)})"
+)
+"""What a picture may be called besides its extension: reference.0.png and the like are what an edit began with."""
 
 
 def find_tars(data: Path) -> list[Path]:
@@ -28,10 +40,20 @@ def find_tars(data: Path) -> list[Path]:
     return sorted(p for p in data.rglob("*.tar") if not p.name.startswith("."))
 
 
-def find_pictures(data: Path) -> list[Path]:
-    """The picture files in a folder and the folders below it, by path."""
+def find_pictures(data: Path) -> dict[Path, list[Path]]:
+    """The picture files in a folder and the folders below it, by path, each with its references and mask, if any."""
     visible = lambda p: not any(part.startswith(".") for part in p.relative_to(data).parts)  # noqa: E731
-    return sorted(p for p in data.rglob("*") if p.suffix[1:].lower() in PICTURES and p.is_file() and visible(p))
+    files = sorted(p for p in data.rglob("*") if p.suffix[1:].lower() in PICTURES and p.is_file() and visible(p))
+    stems = {p.with_suffix("") for p in files}
+    found: dict[Path, list[Path]] = {}
+    parts: dict[Path, list[Path]] = {}
+    for file in files:
+        of = file.parent / re.sub(r"\.(reference\.\d+|mask)$", "", file.stem)
+        if of != file.with_suffix("") and of in stems:
+            parts.setdefault(of, []).append(file)
+        else:
+            found[file] = parts.setdefault(file.with_suffix(""), [])
+    return found
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,8 @@ class PictureFile:
     path: Path
     name: str
     """Path below the folder."""
+    parts: tuple[Path, ...] = ()
+    """NAME.reference.0.png and so on, NAME.mask.png, for the result of an edit."""
 
     @property
     def caption_files(self) -> list[Path]:
@@ -52,35 +76,76 @@ class PictureFile:
         texts = {p.suffix[1:]: p.read_bytes() for p in self.caption_files}
         if not texts:
             raise ValueError(f"has no caption; write one to {Path(self.name).with_suffix('.txt')}")
-        return raw_sample(self.name, self.path.read_bytes(), texts)
+        pictures = {p.name[len(self.path.stem) + 1 :].lower(): p.read_bytes() for p in (self.path, *self.parts)}
+        return sample_of(self.name, texts | pictures)
 
 
 def read_tar(tar: Path, on_problem: OnProblem) -> Iterator[RawSample]:
     """The samples of a foreign tar; damage and samples that cannot be used go to `on_problem` and are passed over."""
     for members in read_members(tar, on_problem):
         name = members["__key__"]
-        ext = next((x for x in PICTURES if x in members), None)
         try:
-            if ext is None:
-                raise ValueError("has no picture")
-            yield raw_sample(f"{tar.stem}/{name}", members[ext], members)
+            yield sample_of(f"{tar.stem}/{name}", members)
         except ValueError as error:
             on_problem(Problem(tar.name, name, str(error)))
 
 
-def raw_sample(name: str, image: bytes, texts: dict[str, bytes]) -> RawSample:
-    """Check a picture with its "txt" or "json" and bring it into our form; ValueError says what is wrong."""
+def sample_of(name: str, members: dict[str, bytes]) -> RawSample:
+    """The sample of a group of files; ValueError says what is wrong with it.
+
+    A picture whose part isn't known is an error, too: without it the instruction of an edit would train as a caption.
+    """
+    parts: dict[str, list[str]] = {"": [], "target": [], "reference": [], "mask": []}
+    for member in sorted(m for m in members if m.rpartition(".")[2] in PICTURES):
+        if (found := _PART.fullmatch(member)) is None:
+            raise ValueError(f"has a picture {member} of unknown use; call what an edit began with reference.0.png")
+        parts[_PARTS.get(found["part"], found["part"] or "")].append(member)
+    references = sorted(parts["reference"], key=lambda m: int(_PART.fullmatch(m)["number"] or 0))
+    if [int(_PART.fullmatch(m)["number"] or 0) for m in references] != list(range(len(references))):
+        raise ValueError(f"has references {', '.join(references)}; number them from 0 on, one each")
+    shown = sorted(parts[""], key=PICTURES.index) or parts["target"]
+    if not shown:
+        raise ValueError("has no picture")
+    if parts["target"] and (parts[""] or len(parts["target"]) > 1):
+        raise ValueError(f"has several results, {', '.join(shown + parts['target'])}")
+    mask = next((members[m] for m in parts["mask"]), None)
+    return raw_sample(name, members[shown[0]], members, [members[m] for m in references], mask)
+
+
+def raw_sample(
+    name: str,
+    image: bytes,
+    texts: dict[str, bytes],
+    references: Sequence[bytes] = (),
+    mask: bytes | None = None,
+) -> RawSample:
+    """Check pictures with their "txt" or "json" and bring them into our form; ValueError says what is wrong."""
     record = _record(texts)
     picture = decode(image)
-    ext = next((ext for magic, ext in ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png")) if image.startswith(magic)), None)
+    ext = next((ext for magic, ext in ((b"\xff\xd8", "jpg"), (_PNG, "png")) if image.startswith(magic)), None)
     if ext is None:
-        file, ext = io.BytesIO(), "png"
-        picture.save(file, "PNG")
-        image = file.getvalue()
+        image, ext = _as_png(picture), "png"
     width, height = picture.size
     ours = {"source": "user", "file": name, "width": width, "height": height}
     theirs = [field for field, value in ours.items() if record.get(field, value) != value]
-    return RawSample(sample_key(name), image, ext, set_apart(record, *theirs) | ours)
+    before = [_png(data, f"its reference {i}") for i, data in enumerate(references)]
+    changed = None if mask is None else _png(mask, "its mask", "L")
+    return RawSample(sample_key(name), image, ext, set_apart(record, *theirs) | ours, before, changed)
+
+
+def _png(data: bytes, what: str, mode: str = "RGB") -> bytes:
+    """A picture as PNG, byte for byte if it is one; ValueError if it is broken."""
+    try:
+        picture = decode(data)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from None
+    return data if data.startswith(_PNG) else _as_png(picture.convert(mode))
+
+
+def _as_png(picture: "Image") -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def sample_key(name: str) -> str:

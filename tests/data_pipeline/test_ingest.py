@@ -182,6 +182,65 @@ def test_tars_of_other_tools(ingest, tmp_path: Path, photograph: np.ndarray):
     assert 5 < len(samples(tmp_path / "cut")) < 12
 
 
+def test_edits_in_tars_keep_what_they_began_with(ingest, tmp_path: Path, photograph: np.ndarray):
+    def picture(i: int, form: str = "PNG") -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(photograph[i : i + 50, :60]).save(file, form)
+        return file.getvalue()
+
+    mask = io.BytesIO()
+    Image.new("L", (60, 50), 255).save(mask, "PNG")
+    groups = {
+        "ours": {"png": picture(0), "reference.0.png": picture(1), "mask.png": mask.getvalue()},
+        "two": {"jpg": picture(2, "JPEG"), "reference.1.webp": picture(4, "WEBP"), "reference.0.png": picture(3)},
+        "triple": {"input.jpg": picture(5, "JPEG"), "output.png": picture(6)},
+        "target": {"source_0.png": picture(7), "target.jpg": picture(8, "JPEG")},
+        "plain": {"jpg": picture(9, "JPEG")},
+        "unknown": {"jpg": picture(9, "JPEG"), "src.jpg": picture(9, "JPEG")},
+        "gap": {"jpg": picture(9, "JPEG"), "reference.1.png": picture(9)},
+        "torn": {"jpg": picture(9, "JPEG"), "reference.0.png": picture(9)[:200]},
+        "several": {"output.jpg": picture(9, "JPEG"), "after.jpg": picture(9, "JPEG"), "input.jpg": picture(9, "JPEG")},
+    }
+    with webdataset.TarWriter(str(tmp_path / "edits.tar"), encoder=False) as tar:
+        for key, members in groups.items():
+            tar.write({"__key__": key, "txt": b"make it night", **members})
+    result = ingest(tmp_path / "edits.tar", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    for key, what in (
+        ("unknown", "has a picture src.jpg of unknown use"),
+        ("gap", "has references reference.1.png; number them"),
+        ("torn", "its reference 0 "),
+        ("several", "has several results"),
+    ):
+        assert f"edits.tar/{key}: {what}" in result.stdout
+    found = {s.meta["file"].removeprefix("edits/"): s for s in samples(tmp_path / "out")}
+    assert found.keys() == {"ours", "two", "triple", "target", "plain"}
+    assert found["ours"].references == [picture(1)] and found["ours"].mask == mask.getvalue()
+    shown = lambda data: np.asarray(decode(data)).tolist()  # noqa: E731
+    for key, began in {"two": [picture(3), picture(4, "WEBP")], "triple": [picture(5, "JPEG")], "plain": []}.items():
+        assert list(map(shown, found[key].references)) == list(map(shown, began))
+        assert all(r.startswith(b"\x89PNG") for r in found[key].references)
+    assert found["triple"].image == picture(6) and found["target"].image == picture(8, "JPEG")
+    assert found["target"].references == [picture(7)]
+
+
+def test_edits_in_folders_keep_what_they_began_with(ingest, tmp_path: Path, photograph: np.ndarray):
+    folder = tmp_path / "edits"
+    folder.mkdir()
+    for i, name in enumerate(("a.PNG", "a.reference.0.png", "a.mask.png", "b.jpg", "b.c.png", "d.mask.jpg")):
+        Image.fromarray(photograph[i : i + 50, :60]).save(folder / name)
+        if "reference" not in name and name != "a.mask.png":
+            (folder / name).with_suffix(".txt").write_text(f"caption of {name}")
+    for _ in range(2):
+        assert ingest(folder, tmp_path / "out").returncode == 0
+        found = {s.meta["file"]: s for s in samples(tmp_path / "out")}
+        assert found.keys() == {"a.PNG", "b.jpg", "b.c.png", "d.mask.jpg"}
+        assert found["a.PNG"].references == [(folder / "a.reference.0.png").read_bytes()]
+        assert found["a.PNG"].mask == (folder / "a.mask.png").read_bytes()
+        assert not any(s.references for name, s in found.items() if name != "a.PNG")
+        Image.fromarray(photograph[100:150, :70]).save(folder / "a.reference.0.png")
+
+
 def test_bad_requests_end_in_one_line(ingest, folder: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.md").write_text("x")
