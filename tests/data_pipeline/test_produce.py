@@ -1,6 +1,8 @@
 import filecmp
+import io
 import json
 import os
+import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from data_pipeline.encoding import Encoder
 from data_pipeline.loader import EncodedDataset, Loader
@@ -93,6 +95,64 @@ def test_exif_transparency_and_depth_are_undone(photograph: np.ndarray, tmp_path
     Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)).save(tmp_path / "c.png")
     grey = np.asarray(decode((tmp_path / "c.png").read_bytes()))
     assert grey.shape == (8, 8, 3) and grey.min() == 0 and grey.max() == 255
+
+
+DISPLAY_P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
+"""XYZ (D50) of red, green and blue."""
+
+
+def icc_profile(primaries: tuple) -> bytes:
+    """LittleCMS's sRGB profile with other primaries."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    (count,) = struct.unpack(">I", profile[128:132])
+    entries = (profile[at : at + 8] for at in range(132, 132 + 12 * count, 12))
+    tags = {bytes(entry[:4]): struct.unpack(">I", entry[4:])[0] for entry in entries}
+    for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True):
+        profile[tags[name] + 8 : tags[name] + 20] = struct.pack(">3i", *(round(v * 65536) for v in xyz))
+    return bytes(profile)
+
+
+def test_colours_are_brought_to_srgb_by_the_profile(photograph: np.ndarray):
+    from_linear = lambda x: np.where(x <= 0.0031308, 12.92 * x, 1.055 * x.clip(0.0031308) ** (1 / 2.4) - 0.055)  # noqa: E731
+    to_linear = lambda x: np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)  # noqa: E731
+    xyz = to_linear(photograph / 255) @ np.array(DISPLAY_P3)
+    wanted = 255 * from_linear((xyz @ np.linalg.inv(np.array(SRGB))).clip(0, 1))
+
+    def decoded(image: Image.Image, form: str = "PNG", **options) -> np.ndarray:
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        return np.asarray(decode(file.getvalue())).astype(float)
+
+    image, p3 = Image.fromarray(photograph), icc_profile(DISPLAY_P3)
+    assert np.abs(photograph - wanted).max() > 20
+    assert np.abs(decoded(image, icc_profile=p3) - wanted).max() < 3
+    file = io.BytesIO()
+    image.save(file, "WEBP", lossless=True, icc_profile=p3)
+    assert np.abs(decoded(decode(file.getvalue())) - wanted).max() < 3, "not twice"
+    opaque = image.copy()
+    opaque.putalpha(255)
+    assert np.abs(decoded(opaque, icc_profile=p3) - wanted).max() < 3
+    assert np.array_equal(decoded(image, icc_profile=icc_profile(SRGB)), photograph), "sRGB must stay as it is"
+    for unusable in (b"rubbish", p3[:200], p3[:16] + b"GRAY" + p3[20:]):
+        assert np.array_equal(decoded(image, icc_profile=unusable), photograph)
+    grey = image.convert("L")
+    assert np.array_equal(decoded(grey, icc_profile=p3)[..., 0], np.asarray(grey)), "three colours say nothing of one"
+
+
+def test_deep_pictures_are_not_stretched():
+    def decoded(values: np.ndarray, form: str = "PNG") -> np.ndarray:
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, form)
+        return np.asarray(decode(file.getvalue()))[..., 0]
+
+    dark = np.linspace(0, 20_000, 64).reshape(8, 8)
+    for form in ("PNG", "TIFF"):
+        assert np.abs(decoded(dark.astype(np.uint16), form) - dark / 257).max() <= 1
+    assert np.abs(decoded((dark / 65535).astype(np.float32), "TIFF") - dark / 257).max() <= 1
+    for beyond in (dark, np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match="floating-point"):
+            decoded(beyond.astype(np.float32), "TIFF")
 
 
 def test_the_command_makes_a_data_set_that_trains_and_is_not_redone(raw_folder: Path, produce, tmp_path: Path):
