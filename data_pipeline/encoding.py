@@ -87,6 +87,7 @@ class Encoder:
 
     def _fit(self, raw: RawSample) -> "Fitted | ValueError":
         try:
+            self.conditioner.require(raw.meta["caption"], len(raw.references))
             pixels, box = fit(decode(raw.image), self.res)
             references, shown = self._fit_references(raw)
         except ValueError as error:

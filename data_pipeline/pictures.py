@@ -29,14 +29,16 @@ def decode(data: bytes) -> "Image":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size and EXIF warnings: sizes are checked here, EXIF is best effort
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"is too large ({image.width} x {image.height})")
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            size = image.size
+            if size[0] * size[1] <= MAX_PIXELS:
+                image.load()
+                image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError("is not a picture, or its header is damaged") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # noqa: BLE001 - Pillow lets anything out of a damaged file: struct.error, KeyError ...
         raise ValueError(f"cannot be decoded: {error}") from None
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"is too large ({size[0]} x {size[1]})")
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_8_bits(image)

@@ -68,16 +68,23 @@ def write_encoded(path: Path, samples: Iterable[EncodedSample]) -> int:
 def read_raw(path: Path, on_problem: OnProblem | None = None) -> Iterator[RawSample]:
     """The raw samples of one shard, in order.
 
-    Damage (a cut tar, a broken record, a missing member) goes to `on_problem` and is passed over; without it the first
-    one raises ValueError. Pictures are not decoded, so a truncated picture is the caller's to find.
+    Damage (a cut tar, a broken record, a missing member) and what no shard may hold (a key with '/' or that came
+    before, NaN in a record) goes to `on_problem` and is passed over; without it the first one raises ValueError.
+    Pictures are not decoded, so a truncated picture is the caller's to find.
     """
     report = on_problem or _refuse
+    seen: set[str] = set()
     for members in read_members(path, report):
         key = members["__key__"]
         try:
-            yield _raw_sample(key, members)
+            sample = _raw_sample(key, members)
+            if key in seen:
+                raise ValueError("its key came before")
         except ValueError as error:
             report(Problem(path.name, key, str(error)))
+        else:
+            seen.add(key)
+            yield sample
 
 
 def read_encoded(path: Path, on_problem: OnProblem | None = None) -> Iterator[EncodedSample]:
@@ -176,11 +183,40 @@ def _write(path: Path, samples: Iterable[dict]) -> int:
 
 
 def _record(key: str, meta: dict) -> bytes:
-    if not key or set(key) & set("./"):
-        raise ValueError(f"the key {key!r} must be a name without '.' and '/'")
+    _require_good_key(key)
     if not isinstance(meta.get("caption"), str):
         raise ValueError(f"{key}: its record has no caption")
-    return json.dumps(meta, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    try:
+        return record_bytes(meta)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _require_good_key(key: str) -> None:
+    if not key or set(key) & set("./"):
+        raise ValueError(f"the key {key!r} must be a name without '.' and '/'; data_pipeline/ingest.py makes such")
+
+
+def record_bytes(meta: dict) -> bytes:
+    """A record as JSON; ValueError for what JSON or UTF-8 cannot say: NaN, infinity, half a surrogate pair."""
+    try:
+        return json.dumps(meta, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its record holds half a character (a lone surrogate)") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its record is no JSON ({error})") from None
+
+
+def read_record(data: bytes) -> dict:
+    """The JSON object in a record's bytes; ValueError if there is none, or it could not be written again."""
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken record: {error}") from None
+    if not isinstance(meta, dict):
+        raise ValueError("broken record: not an object")
+    record_bytes(meta)
+    return meta
 
 
 def _raw_members(sample: RawSample) -> dict:
@@ -208,11 +244,9 @@ def _raw_sample(key: str, members: dict) -> RawSample:
         raise ValueError("no jpg or png member")
     if "json" not in members:
         raise ValueError("no json member")
-    try:
-        meta = json.loads(members["json"])
-    except ValueError as error:
-        raise ValueError(f"broken record: {error}") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("caption"), str):
+    _require_good_key(key)
+    meta = read_record(members["json"])
+    if not isinstance(meta.get("caption"), str):
         raise ValueError("its record has no caption")
     references = [members.get(f"reference.{i}.png") for i in range(sum(n.startswith("reference.") for n in members))]
     if None in references:

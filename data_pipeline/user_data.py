@@ -8,7 +8,6 @@ instruction.
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.pictures import decode
 from data_pipeline.sample import RawSample, set_apart
-from data_pipeline.shards import OnProblem, Problem, read_members
+from data_pipeline.shards import OnProblem, Problem, read_members, read_record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -158,11 +157,9 @@ def _record(texts: dict[str, bytes]) -> dict:
     record = {}
     if "json" in texts:
         try:
-            record = json.loads(texts["json"], parse_constant=_not_json)
+            record = read_record(texts["json"])
         except ValueError as error:
             raise ValueError(f"its .json is broken ({error})") from None
-        if not isinstance(record, dict):
-            raise ValueError("its .json is not an object")
     if "txt" in texts:
         try:
             record["caption"] = texts["txt"].decode("utf-8-sig").strip()
@@ -172,7 +169,3 @@ def _record(texts: dict[str, bytes]) -> dict:
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError('has no caption: write one to the .txt, or "caption" to the .json, beside it')
     return record
-
-
-def _not_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")

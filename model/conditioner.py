@@ -133,8 +133,7 @@ class Conditioner:
         out: list[Tensor | None] = [None] * len(prompts)
         texts: dict[tuple[int, ...], list[int]] = {}
         for i, (prompt, pictures) in enumerate(zip(prompts, images, strict=True)):
-            if IMAGE_PAD in prompt:
-                raise ValueError(f"a prompt must not contain {IMAGE_PAD}: {prompt!r}")
+            self.require(prompt, len(pictures))
             if pictures:
                 out[i] = self._encode_with_pictures(prompt, pictures)
             else:
@@ -146,6 +145,13 @@ class Conditioner:
             if not hidden.isfinite().all():
                 raise ValueError(f"the text encoder gives NaN or infinite values for {prompt!r}: its weights are bad")
         return out
+
+    def require(self, prompt: str, pictures: int) -> None:
+        """ValueError if a prompt with so many pictures cannot be encoded."""
+        if IMAGE_PAD in prompt:
+            raise ValueError(f"a prompt must not contain {IMAGE_PAD}: {prompt!r}")
+        if self.edit_template == "edit" and pictures > 1:
+            raise ValueError(f"the edit template takes one picture, got {pictures}; use edit_plus")
 
     def _tokenize(self, template: Template, prompt: str, pictures: str = "", extra: int = 0) -> tuple[int, ...]:
         limit = template.drop + self.max_length + extra
@@ -171,8 +177,6 @@ class Conditioner:
         from PIL.Image import Resampling
 
         template = TEMPLATES[self.edit_template]
-        if self.edit_template == "edit" and len(pictures) > 1:
-            raise ValueError(f"the edit template takes one picture, got {len(pictures)}; use edit_plus")
         resized = [p.convert("RGB").resize(fit_area(*p.size, self.picture_area), Resampling.LANCZOS) for p in pictures]
         pixels = self.image_processor(images=resized, return_tensors="pt")
         grid = pixels["image_grid_thw"]

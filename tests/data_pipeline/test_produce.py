@@ -97,6 +97,34 @@ def test_exif_transparency_and_depth_are_undone(photograph: np.ndarray, tmp_path
     assert grey.shape == (8, 8, 3) and grey.min() == 0 and grey.max() == 255
 
 
+def test_what_cannot_be_encoded_costs_that_sample_alone(tmp_path: Path, make_raw, produce, monkeypatch):
+    import webdataset
+
+    from data_pipeline import pictures
+
+    samples = make_raw(9)
+    samples[2].meta["caption"] = "the text <|image_pad|> on a screen"
+    samples[6].image = b"\x89PNG" + bytes(30)
+    record = {s.key: json.dumps(s.meta).encode() for s in samples}
+    record[samples[4].key] = b'{"caption": "c", "score": NaN}'
+    (tmp_path / "raw").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "raw" / shard_name(0)), encoder=False) as tar:
+        for i, s in enumerate(samples):
+            tar.write({"__key__": f"sub/{s.key}" if i == 5 else s.key, "png": s.image, "json": record[s.key]})
+    done = produce(tmp_path / "raw", tmp_path / "out")
+    assert done.returncode == 0 and "5 samples in 1 shards" in done.stdout, done.stderr
+    for i, what in ((2, "must not contain"), (4, "its record is no JSON"), (6, "")):
+        assert f"skipped shard-000000.tar/{samples[i].key}: " in done.stdout and what in done.stdout
+    assert f"skipped shard-000000.tar/sub/{samples[5].key}: the key" in done.stdout
+
+    def let_out(image):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", let_out)
+    with pytest.raises(ValueError, match="cannot be decoded: unpack"):
+        pictures.decode(samples[0].image)
+
+
 DISPLAY_P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
 SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
 """XYZ (D50) of red, green and blue."""

@@ -180,6 +180,33 @@ def test_broken_records_are_reported_and_the_rest_is_read(tmp_path: Path):
     assert [p.key for p in problems] == ["list", "half", "none", "lone", "text"]
 
 
+def test_what_no_shard_may_hold_costs_that_sample_alone(tmp_path: Path):
+    import webdataset
+
+    good = b'{"caption": "c"}'
+    records = {
+        "good": good,
+        "a/b": good,
+        "./c": good,
+        "nan": b'{"caption": "c", "x": NaN}',
+        "vast": b'{"caption": "c", "x": [1e999]}',
+        "half": b'{"caption": "\\ud800"}',
+        "deep": b'{"caption": "c", "x": ' + b"[" * 100_000,
+        "more": good,
+    }
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        for key, record in records.items():
+            tar.write({"__key__": key, "png": b"x", "json": record})
+        tar.write({"__key__": "good", "png": b"y", "json": good})
+    problems = []
+    found = list(read_raw(tmp_path / "a.tar", problems.append))
+    assert [(s.key, s.image) for s in found] == [("good", b"x"), ("more", b"x")]
+    assert [p.key for p in problems] == ["a/b", "./c", "nan", "vast", "half", "deep", "good"]
+    assert "without '.' and '/'" in problems[0].what and "came before" in problems[-1].what
+    assert {p.shard for p in problems} == {"a.tar"}
+    assert write_raw(tmp_path / "b.tar", found) == 2
+
+
 def test_random_access_reads_what_the_tar_holds(tmp_path: Path):
     samples = raw(9)
     path = tmp_path / "a.tar"
