@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipeline.parallel import map_threads
 from data_pipeline.pictures import decode, fit
 from data_pipeline.sample import EncodedSample, Fingerprint, RawSample
-from data_pipeline.shards import OnProblem, Problem, read_raw, write_encoded
+from data_pipeline.shards import OnProblem, Problem, read_raw, require_sound, write_encoded
 from files import atomic_file, write_json
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Encoder:
         What cannot be read or decoded goes to `on_problem` and is left out; `on_samples` is told of progress.
         """
         fitted = self._fitted(read_raw(source, on_problem), source.name, on_problem)
-        return write_encoded(target, self._encoded(fitted, on_samples))
+        return write_encoded(target, _sound(self._encoded(fitted, on_samples), source.name, on_problem))
 
     def _fitted(self, samples: Iterable[RawSample], shard: str, on_problem: OnProblem) -> Iterator[Fitted]:
         """Decode and fit in threads, at most two batches ahead, in order."""
@@ -148,3 +148,13 @@ class Encoder:
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)[:, :, None]
         pixels = pixels.to(next(self.vae.parameters()).device).float() / 127.5 - 1
         return self.vae.encode_latent(pixels).float().cpu()
+
+
+def _sound(samples: Iterable[EncodedSample], shard: str, on_problem: OnProblem) -> Iterator[EncodedSample]:
+    for sample in samples:
+        try:
+            require_sound(sample)
+        except ValueError as error:
+            on_problem(Problem(shard, sample.key, str(error)))
+        else:
+            yield sample

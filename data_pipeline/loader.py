@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from data_pipeline.sample import EncodedSample, Fingerprint
-from data_pipeline.shards import encoded_sample, list_shards, token_count
+from data_pipeline.shards import encoded_sample, list_shards, shape_problem, token_count
 from data_pipeline.tar_index import read_member, tar_index
 
 Cursor = tuple[int, int]
@@ -58,12 +58,16 @@ class EncodedDataset:
                     if "json" not in entry.members or not {"latent", "txt"} <= set(entry.shapes):
                         self.problems.append(f"{shard}/{entry.key}: not a whole sample")
                         continue
+                    if problem := shape_problem(entry.shapes):
+                        self.problems.append(f"{shard}/{entry.key}: {problem}")
+                        continue
                     self._entries.append((shard, entry))
                     tokens.append(token_count(entry.shapes))
         self.tokens = np.array(tokens, dtype=np.int64)
         """Tokens of each sample in joint attention."""
         if not tokens:
-            raise ValueError(f"no encoded samples in {', '.join(map(str, folders))}")
+            why = f"; the first is {self.problems[0]}" if self.problems else ""
+            raise ValueError(f"no encoded samples in {', '.join(map(str, folders))}{why}")
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._lock = threading.Lock()
 

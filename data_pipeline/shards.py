@@ -19,6 +19,7 @@ from files import atomic_file, remove_leftovers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 IMAGE_EXTENSIONS = ("jpg", "png")
 
@@ -144,18 +145,48 @@ class RawPictures:
 
 
 def encoded_sample(key: str, tensors: bytes | None, record: bytes | None) -> EncodedSample:
-    """Build an encoded sample from its two members; ValueError if one is missing or broken."""
+    """Build an encoded sample from its two members; ValueError if one is missing or broken (see `require_sound`)."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     if tensors is None or record is None:
         raise ValueError(f"no {'safetensors' if tensors is None else 'json'} member")
+    meta = read_record(record)
     try:
         found = load(tensors)
         references = [found[f"reference.{i}"] for i in range(sum(name.startswith("reference.") for name in found))]
-        return EncodedSample(key, found["latent"], found["txt"], references, found.get("txt_empty"), json.loads(record))
+        sample = EncodedSample(key, found["latent"], found["txt"], references, found.get("txt_empty"), meta)
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"broken safetensors: {error}") from None
+    require_sound(sample)
+    return sample
+
+
+def require_sound(sample: EncodedSample) -> None:
+    """ValueError if a tensor has another dtype or shape than `EncodedSample` says, or holds NaN or infinity."""
+    import torch
+
+    for name, tensor in _tensors(sample).items():
+        dtype = torch.bfloat16 if name.startswith("txt") else torch.float32
+        if tensor.dtype != dtype:
+            raise ValueError(f"its {name} is {tensor.dtype}, not {dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"its {name} holds NaN or infinity")
+    if problem := shape_problem({name: tuple(tensor.shape) for name, tensor in _tensors(sample).items()}):
+        raise ValueError(problem)
+
+
+def shape_problem(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """What is wrong with the shapes of an encoded sample's tensors; None if nothing is."""
+    for name, shape in shapes.items():
+        if name.startswith("txt"):
+            wanted, good = "[tokens, width]", len(shape) == 2 and shape[1:] == shapes["txt"][1:]
+        else:
+            wanted = "[16, frames, height, width] of even sides"
+            good = len(shape) == 4 and shape[0] == 16 and not shape[2] % 2 and not shape[3] % 2
+        if not (good and all(shape)):
+            return f"its {name} has shape {list(shape)}, not {wanted}"
+    return None
 
 
 def token_count(shapes: dict[str, tuple[int, ...]], patch: int = 2) -> int:
@@ -227,14 +258,16 @@ def _raw_members(sample: RawSample) -> dict:
     return members if sample.mask is None else members | {"mask.png": sample.mask}
 
 
+def _tensors(sample: EncodedSample) -> "dict[str, Tensor]":
+    tensors = {"latent": sample.latent, "txt": sample.txt}
+    tensors |= {f"reference.{i}": reference for i, reference in enumerate(sample.references)}
+    return tensors if sample.txt_empty is None else tensors | {"txt_empty": sample.txt_empty}
+
+
 def _encoded_members(sample: EncodedSample) -> dict:
     from safetensors.torch import save
 
-    tensors = {"latent": sample.latent, "txt": sample.txt}
-    tensors |= {f"reference.{i}": reference for i, reference in enumerate(sample.references)}
-    if sample.txt_empty is not None:
-        tensors["txt_empty"] = sample.txt_empty
-    data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    data = save({name: tensor.contiguous().cpu() for name, tensor in _tensors(sample).items()})
     return {"__key__": sample.key, "safetensors": data, "json": _record(sample.key, sample.meta)}
 
 

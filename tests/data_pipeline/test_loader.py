@@ -157,6 +157,40 @@ def test_a_damaged_sample_is_an_error_that_names_it_each_time(tmp_path: Path):
             next(loader)
 
 
+def test_unsound_samples_are_refused_with_their_names(tmp_path: Path):
+    good = torch.ones(16, 1, 4, 4), torch.ones(3, 8).bfloat16()
+    nan = good[0].clone()
+    nan[3, 0, 1, 2] = float("nan")
+    folder = make(tmp_path / "a", n=2, shards=1)
+    unsound = {
+        "half": (good[0].half(), good[1], r"latent is torch.float16, not torch.float32"),
+        "wide": (good[0], good[1].float(), r"txt is torch.float32, not torch.bfloat16"),
+        "nan": (nan, good[1], "latent holds NaN"),
+        "infinite": (good[0], good[1] * float("inf"), "txt holds NaN or infinity"),
+    }
+    misshapen = {
+        "flat": (good[0][:, 0], good[1], "latent has shape"),
+        "thin": (good[0][:4], good[1], "latent has shape"),
+        "odd": (good[0][..., :3], good[1], "latent has shape"),
+        "empty": (good[0], good[1][:0], "txt has shape"),
+    }
+    samples = [EncodedSample(k, x.clone(), t, meta={"caption": ""}) for k, (x, t, _) in (unsound | misshapen).items()]
+    write_encoded(folder / shard_name(1), [*samples, EncodedSample("good", *good, meta={"caption": ""})])
+    dataset = EncodedDataset(folder)
+    index = {dataset.key(i): i for i in range(len(dataset))}
+    assert set(index) == {"k000", "k001", "good", *unsound}
+    for (key, (_, _, what)), problem in zip(misshapen.items(), dataset.problems, strict=True):
+        assert f"{shard_name(1)}/{key}: its {what}" in problem
+    for key, (_, _, what) in unsound.items():
+        with pytest.raises(ValueError, match=f"{shard_name(1)}/{key}: its {what}"):
+            dataset[index[key]]
+    assert dataset[index["good"]].key == "good"
+    (folder / shard_name(0)).unlink()
+    write_encoded(folder / shard_name(1), [s for s in samples if s.key in misshapen])
+    with pytest.raises(ValueError, match="no encoded samples in .*; the first is .*flat: its latent has shape"):
+        EncodedDataset(folder)
+
+
 def test_cut_shards_give_what_they_hold_and_are_recorded(tmp_path: Path):
     folder = make(tmp_path / "a")
     shard = folder / shard_name(1)

@@ -125,6 +125,23 @@ def test_what_cannot_be_encoded_costs_that_sample_alone(tmp_path: Path, make_raw
         pictures.decode(samples[0].image)
 
 
+def test_a_latent_that_is_not_finite_costs_that_sample_alone(tmp_path: Path, make_raw, encoder: Encoder, monkeypatch):
+    samples = make_raw(3)
+    write_raw(tmp_path / "raw.tar", samples)
+    encode, seen, problems = VAE.encode_latent, [], []
+
+    def broken_once(self, pixels):
+        seen.append(pixels)
+        return encode(self, pixels) * (float("nan") if len(seen) == 2 else 1)
+
+    monkeypatch.setattr(VAE, "encode_latent", broken_once)
+    alone = replace(encoder, batch_size=1)
+    assert alone.encode_shard(tmp_path / "raw.tar", tmp_path / "out.tar", problems.append, lambda n: None) == 2
+    assert [(p.shard, p.key, p.what) for p in problems] == [
+        ("raw.tar", samples[1].key, "its latent holds NaN or infinity")
+    ]
+
+
 DISPLAY_P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
 SRGB = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
 """XYZ (D50) of red, green and blue."""

@@ -37,7 +37,7 @@ def make(i: int):
             yield EncodedSample(
                 f"{i:03d}-{name}",
                 torch.full((16, 1, 4, 4), float(i)),
-                torch.zeros(2 + i % 2, 128),
+                torch.zeros(2 + i % 2, 128).bfloat16(),
                 meta={"caption": "c"},
             )
 
