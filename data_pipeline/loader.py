@@ -45,7 +45,7 @@ class EncodedDataset:
         self.txt_empty: Tensor = load_file(folders[0] / "empty.safetensors")["txt"]
         self._entries = []
         tokens = []
-        for folder in folders:
+        for place, folder in enumerate(folders):
             other = read_fingerprint(folder)
             self.fingerprint.require(
                 replace(other, resolution=self.fingerprint.resolution) if mixed_resolutions else other, str(folder)
@@ -61,7 +61,7 @@ class EncodedDataset:
                     if problem := shape_problem(entry.shapes):
                         self.problems.append(f"{shard}/{entry.key}: {problem}")
                         continue
-                    self._entries.append((shard, entry))
+                    self._entries.append((shard, entry, f"@{place}" if place else ""))
                     tokens.append(token_count(entry.shapes))
         self.tokens = np.array(tokens, dtype=np.int64)
         """Tokens of each sample in joint attention."""
@@ -75,16 +75,21 @@ class EncodedDataset:
         return len(self._entries)
 
     def key(self, index: int) -> str:
-        return self._entries[index][1].key
+        """The sample's key; from the second folder on followed by '@' and the folder's place.
+
+        Randomness is a function of it, so equal keys of two folders draw different noise.
+        """
+        _, entry, suffix = self._entries[index]
+        return entry.key + suffix
 
     def __getitem__(self, index: int) -> EncodedSample:
         """Read one sample; the empty prompt's hidden states are filled in. ValueError names a broken one."""
-        shard, entry = self._entries[index]
+        shard, entry, suffix = self._entries[index]
         with self._lock:
             descriptor = self._descriptor(shard)
             tensors, record = (read_member(descriptor, entry, ext) for ext in ("safetensors", "json"))
         try:
-            sample = encoded_sample(entry.key, tensors, record)
+            sample = encoded_sample(entry.key + suffix, tensors, record)
         except ValueError as error:
             raise ValueError(f"{shard}/{entry.key}: {error}; delete the shard and produce it again") from None
         return sample if sample.txt_empty is not None else replace(sample, txt_empty=self.txt_empty)

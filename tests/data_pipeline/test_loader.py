@@ -214,6 +214,18 @@ def test_folders_join_only_if_made_alike(tmp_path: Path):
         EncodedDataset([a, c], mixed_resolutions=True)
 
 
+def test_equal_keys_of_two_folders_draw_different_noise(tmp_path: Path):
+    from training.randomness import Randomness
+
+    a, b = make(tmp_path / "a", n=3), make(tmp_path / "b", n=3)
+    alone, both = EncodedDataset(a), EncodedDataset([a, b, a])
+    keys = [both.key(i) for i in range(9)]
+    assert keys == [both[i].key for i in range(9)] and len(set(keys)) == 9
+    assert keys[:3] == [alone.key(i) for i in range(3)], "one folder's randomness stays what it was"
+    noise = [Randomness(0).normal(key, 0, "noise", (4,)).tolist() for key in keys]
+    assert len(set(map(tuple, noise))) == 9
+
+
 def test_bad_requests_say_what_is_wrong(dataset: EncodedDataset, tmp_path: Path):
     with pytest.raises(ValueError, match="leaves some of the 4"):
         Loader(dataset, batch_size=3, dp_rank=0, dp_size=4)
