@@ -164,6 +164,7 @@ def test_adapters_of_a_run_are_merged_when_it_is_read(tmp_path, monkeypatch):
     state = {name: p.detach() for name, p in model.named_parameters()}
     monkeypatch.setattr("training.engine.checkpoint.read_weights", lambda source, ema: (CONFIG, state))
     write_toml(Run(config), tmp_path / "config.toml")
+    (tmp_path / "checkpoints").mkdir()
     plain = random_model(seed=9)
     plain.load_state_dict(whole_weights(tmp_path)[1])
     assert relative(run_ours(plain, [sample])[0], run_ours(model, [sample])[0]) < 1e-5
