@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipeline.loader import EncodedDataset
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import write_raw
-from model.conditioner import write_tiny_components
+from model.tiny_components import write_tiny_components
 from training import demo_data
 from vae.autoencoder import PRESETS, VAE
 
