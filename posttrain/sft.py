@@ -39,9 +39,10 @@ class Config(RunConfig):
 
     def completed(self) -> "Config":
         config = super().completed()
-        data = config.data or tuple(look(config.init).settings.get("data", ()))
-        if not data and config.init == MODEL:
+        data = config.data
+        if not data and config.init == MODEL:  # not made yet
             data = (FOLDER / f"encoded-{TOY_SIDE_PX[256]}",)
+        data = data or tuple(look(config.init).settings.get("data", ()))
         if not data:
             raise UserError(f"{config.init} names no data; give --data: encoded shards of data_pipeline/produce.py")
         return replace(config, data=data)

@@ -21,7 +21,7 @@ import tyro
 from command_line import UserError, flag, load_named, run
 from files import hash_files, write_json
 from model.config import PRESETS, MMDiTConfig
-from training.demo_data import COMPONENTS, MODEL, demo_model
+from training.demo_data import COMPONENTS, MODEL, TOY_SIDE_PX, demo_model
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
 from training.source import Source, look, newest_run
@@ -102,15 +102,15 @@ class RunConfig:
     @property
     def model(self) -> MMDiTConfig:
         """Config of the model to train."""
-        return look(self.init).model_config()
+        return PRESETS["tiny"] if _is_still_to_make(self.init) else look(self.init).model_config()
 
     def side_px(self) -> int:
         """Side of the square whose area the run's pictures have; validation draws at it."""
-        return look(self.init).side_px()
+        return picture_side(None, self.init)
 
     def plan(self) -> str:
         """What `--dry-run` prints, and a run says first."""
-        if self.init == MODEL and not MODEL.exists():
+        if _is_still_to_make(self.init):
             return f"{self.out}: no --init and no earlier run in runs/, so a tiny model is pretrained first ({MODEL})"
         return f"{self.out}: {self.model.num_parameters:,} parameters from {self.init}, components {self.components}"
 
@@ -127,7 +127,8 @@ def toy_optimizer(lr: float) -> EngineConfig:
 
 def picture_side(size_px: int | None, source: Path) -> int:
     """`size_px`, or the side that `source` was trained at. UserError if it is no multiple of 16."""
-    size_px = look(source).side_px() if size_px is None else size_px
+    if size_px is None:
+        size_px = TOY_SIDE_PX[256] if _is_still_to_make(source) else look(source).side_px()
     if size_px < 16 or size_px % 16:
         raise UserError(f"--size-px {size_px}: pictures need sides that are multiples of 16")
     return size_px
@@ -193,10 +194,10 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
 
     noted = _noted(config.out)
     engine = Engine(config.model, config.engine, config.loop.steps)
+    trainer = kind(config, Studio(engine, config.components, config.max_tokens))  # refuses before anything is written
     run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
     if engine.rank == 0:
         print(f"{config.plan()}; {engine.world_size} {engine.device.type} process(es)", flush=True)
-    trainer = kind(config, Studio(engine, config.components, config.max_tokens))
     resumes = bool(list_checkpoints(run_folder.checkpoints))
     if not resumes or any(isinstance(policy, Fixed) for policy in trainer.frozen.values()):
         read = fill_weights(engine, config.init, config.loop.seed)
@@ -226,6 +227,11 @@ def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
         generator = SharedGenerator(studio, validation.texts, sampler)
         hooks.append(ValidationHook(config.validate_every, run_folder, generator, validation, config.side_px()))
     return hooks
+
+
+def _is_still_to_make(source: Path) -> bool:
+    """Whether a source is the tiny model of runs that are given nothing, before it is pretrained."""
+    return source == MODEL and not MODEL.exists()
 
 
 def _likely_model(source: Path | str | None) -> MMDiTConfig:

@@ -21,7 +21,7 @@ try:
     import tyro
 
     from command_line import UserError, flag, run
-    from training.engine.config import EngineConfig, OptimizerConfig, has_gpu
+    from training.engine.config import EngineConfig, OptimizerConfig
     from training.loop import LoopConfig
     from training.run_folder import RunFolder
     from vae.config import PRESETS
@@ -39,7 +39,7 @@ class Config:
 
     recipe: Literal["base", "image-decoder", "video-decoder"] = "base"
     preset: Literal["tiny", "small", "qwen-image"] = "qwen-image"
-    """Size of a VAE that starts at random. Default: qwen-image with a GPU, tiny without."""
+    """Size of a VAE that starts at random. Default: tiny."""
     data: tuple[Path, ...] = ()
     """Folders of raw shards. Default: the demo's pictures, made if they are missing."""
     init: Path | None = None
@@ -104,8 +104,8 @@ for _name, _full in [(name, config) for (name, _), config in RECIPES.items()]:
 
 
 def recipe(name: str, preset: str | None = None) -> Config:
-    """The recipe for a preset, by default what this machine can train. ValueError for an unknown one."""
-    preset = preset or ("qwen-image" if has_gpu() else "tiny")
+    """The recipe for a preset, by default the tiny one. ValueError for an unknown one."""
+    preset = preset or "tiny"
     if (name, preset) not in RECIPES:
         raise ValueError(
             f"there is no recipe {name} of preset {preset}; there are base, image-decoder and video-decoder, tiny, "

@@ -1,6 +1,5 @@
 """Settings of the engine. Imports no torch: `--help` reads it."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,8 +71,3 @@ class EngineConfig:
     def __post_init__(self):
         if self.compile and self.recompute == "selective":
             raise ValueError("compiled blocks recompute what is cheap anyway: use recompute none or block with compile")
-
-
-def has_gpu() -> bool:
-    """Whether this machine seems to have an NVIDIA GPU; answers without importing torch."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
