@@ -60,9 +60,9 @@ class Config(RunConfig):
     def side_px(self) -> int:
         return self.size_px
 
-    def plan(self) -> str:
+    def summary(self) -> str:
         source = self.pairs or f"{self.num_pairs} pairs, best and worst of {self.pictures} pictures a prompt"
-        return f"{super().plan()}; {self.loop.steps} steps of {self.batch_size} pairs from {source}"
+        return f"{super().summary()}; {self.loop.steps} steps of {self.batch_size} pairs from {source}"
 
 
 if __name__ == "__main__":

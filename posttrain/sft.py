@@ -47,9 +47,9 @@ class Config(RunConfig):
             raise UserError(f"{config.init} names no data; give --data: encoded shards of data_pipeline/produce.py")
         return replace(config, data=data)
 
-    def plan(self) -> str:
+    def summary(self) -> str:
         data = ", ".join(map(str, self.data))
-        return f"{super().plan()}; {self.loop.steps} steps of {self.batch_size} samples of {data}"
+        return f"{super().summary()}; {self.loop.steps} steps of {self.batch_size} samples of {data}"
 
 
 if __name__ == "__main__":

@@ -72,6 +72,13 @@ class StageConfig(RunConfig):
     def side_px(self) -> int:
         return TOY_SIDE_PX[self.res] if self.preset == "tiny" else self.res
 
+    def summary(self) -> str:
+        start = "random weights" if self.init is None else self.init
+        return (
+            f"{self.preset} MMDiT ({self.model.num_parameters:,} parameters) from {start}, stage {self.res} at "
+            f"{self.side_px()} px, data {', '.join(map(str, self.data))} -> {self.out}"
+        )
+
     def plan(self) -> str:
         return plan(self)
 

@@ -109,7 +109,11 @@ class RunConfig:
         return picture_side(None, self.init)
 
     def plan(self) -> str:
-        """What `--dry-run` prints, and a run says first."""
+        """What `--dry-run` prints."""
+        return self.summary()
+
+    def summary(self) -> str:
+        """What a run says first, in a line."""
         if _is_still_to_make(self.init):
             return f"{self.out}: no --init and no earlier run in runs/, so a tiny model is pretrained first ({MODEL})"
         return f"{self.out}: {self.model.num_parameters:,} parameters from {self.init}, components {self.components}"
@@ -197,7 +201,7 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
     trainer = kind(config, Studio(engine, config.components, config.max_tokens))  # refuses before anything is written
     run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
     if engine.rank == 0:
-        print(f"{config.plan()}; {engine.world_size} {engine.device.type} process(es)", flush=True)
+        print(f"{config.summary()}; {engine.world_size} {engine.device.type} process(es)", flush=True)
     resumes = bool(list_checkpoints(run_folder.checkpoints))
     if not resumes or any(isinstance(policy, Fixed) for policy in trainer.frozen.values()):
         read = fill_weights(engine, config.init, config.loop.seed)

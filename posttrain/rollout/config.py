@@ -41,8 +41,8 @@ class RolloutConfig(RunConfig):
     def side_px(self) -> int:
         return self.size_px
 
-    def plan(self) -> str:
+    def summary(self) -> str:
         return (
-            f"{super().plan()}; {self.loop.steps} updates of {self.prompts_per_update} prompts of "
+            f"{super().summary()}; {self.loop.steps} updates of {self.prompts_per_update} prompts of "
             f"{self.prompts or 'the shapes world'} x {self.group} pictures at {self.size_px} px"
         )

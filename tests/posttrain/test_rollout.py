@@ -251,7 +251,7 @@ def test_the_noise_floor_of_every_step_counts():
     _, transitions = roll(net, cfg_scale=1.0)
     last = transitions[-1].sigma.max()
     wrong = lambda inputs: net(inputs) * (1.01 if inputs.sigma.max() <= last else 1.0)  # noqa: E731
-    one = algorithm(clip=1.0)
+    one = algorithm(clip=1e-3)
     engine = SimpleNamespace(model=wrong, any_rank=lambda flag: flag)
     one.studio = SimpleNamespace(engine=engine)
     with pytest.raises(ValueError, match="raise --clip-range"):

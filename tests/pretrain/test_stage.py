@@ -83,7 +83,11 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
     status, out, err = stage("--data", data[64], "--out", first, "--steps", 3, *common)
     assert status == 0, err
     [line] = out.splitlines()
-    assert "tiny MMDiT (8,208,576 parameters)" in line and "stage 256 at 64 px" in line and str(data[64]) in line
+    assert (
+        "tiny MMDiT (8,208,576 parameters) from random weights" in line
+        and "stage 256 at 64 px" in line
+        and str(data[64]) in line
+    )
     assert sorted(p.name for p in (first / "samples").iterdir()) == ["step_00000002.png", "step_00000003.png"]
     assert Image.open(first / "samples" / "step_00000003.png").height == 80
     assert [row["step"] for row in read_metrics(first)] == [1, 2, 3]
@@ -110,7 +114,7 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
         (["--res", "640", "--data", "DATA"], "was encoded at 64 px, stage 640 of preset tiny trains at 96 px"),
         (["--preset", "small", "--dtype", "float32", "--data", "WIDE"], "text states of width 128, preset small takes"),
         (["--data", "DATA", "--tp", "2", "--out", "OUT"], "1 processes do not divide over tp 2 x cp 1"),
-        (["--data", "DATA", "--out", "OUT", "--init", "DATA"], "is no diffusers folder"),
+        (["--data", "DATA", "--out", "OUT", "--init", "DATA"], "holds no model"),
         (["--data", "DATA", "--out", "OUT", "--max-tokens", "20"], "raise max_tokens"),
         (["--preset", "qwen-image"], "preset qwen-image needs --data"),
     ],
@@ -131,7 +135,7 @@ def test_a_run_of_another_model_is_refused(data: dict, tmp_path: Path):
     assert json.loads(state.read_text())["model"]["num_layers"] == 6
     wide = make_data(tmp_path / "wide", 256, width=3584)
     status, _, err = stage("--preset", "small", "--data", wide, "--init", tmp_path, "--out", tmp_path / "other")
-    assert status == 2 and "is of another model: num_layers is 6 there, 10 here" in err
+    assert status == 2 and "is of another model: " in err and "num_layers is 6 there, 10 here" in err
     assert len(err.strip().splitlines()) == 1
 
 
@@ -150,6 +154,6 @@ def test_recipes_are_what_they_say():
     assert list(STAGES) == [256, 640, 1328]
     for res in STAGES:
         assert recipe(res, "qwen-image").res == recipe(res, "small").res == recipe(res, "tiny").res == res
-        assert recipe(res, "tiny").side_px % 16 == 0 and recipe(res, "small").side_px == res
+        assert recipe(res, "tiny").side_px() % 16 == 0 and recipe(res, "small").side_px() == res
     with pytest.raises(ValueError, match="stages are"):
         recipe(512)
