@@ -109,12 +109,14 @@ def decode_all(shards: list[Path]) -> None:
 
 
 def score_all(shards: list[Path]) -> None:
-    from data_pipeline.filters.table import FILTERS, NEEDS
+    from data_pipeline.filters.table import FILTERS
     from data_pipeline.filters.view import View
     from data_pipeline.shards import read_raw
     from data_pipeline.stages import REPORT
 
-    names = [r.filter for stage in REPORT[:2] for r in stage.rules if r.filter in FILTERS and r.filter not in NEEDS]
+    names = [
+        r.filter for stage in REPORT[:2] for r in stage.rules if r.filter in FILTERS and not FILTERS[r.filter].needs
+    ]
     for shard in shards:
         for sample in read_raw(shard):
             view = View(sample)

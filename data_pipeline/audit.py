@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.buckets import RATIOS
-from data_pipeline.curation import Verdict, not_run
+from data_pipeline.curation import not_run
+from data_pipeline.filters.table import FILTERS, SET_FILTERS
 from data_pipeline.filters.tools import Tools
+from data_pipeline.filters.verdict import Verdict
 from data_pipeline.page import picture_uri, render
 from data_pipeline.stages import Rule, Stage
 
@@ -90,6 +92,7 @@ def _filter(rule: Rule, stage: int, verdicts: list[Verdict]) -> dict[str, Any]:
     return {
         "stage": stage,
         "filter": rule.filter,
+        "title": {**FILTERS, **SET_FILTERS}[rule.filter].title,
         "rule": str(rule),
         "scored": len(scored),
         "exempt": len(verdicts) - sum(rule.applies(v.source) for v in verdicts),

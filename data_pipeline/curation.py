@@ -7,8 +7,8 @@ interrupted run goes on, and the decision is a function of the scores alone, how
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,44 +16,20 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.filters import balance
-from data_pipeline.filters.duplicates import SIDE, find_duplicates, thumbnail
-from data_pipeline.filters.table import FILTERS, LABELS, NEEDS, SET_FILTERS
+from data_pipeline.filters.duplicates import SIDE, thumbnail
+from data_pipeline.filters.table import FILTERS, LABELS, SET_FILTERS
 from data_pipeline.filters.tools import Tools
+from data_pipeline.filters.verdict import Verdict
 from data_pipeline.filters.view import View
 from data_pipeline.parallel import map_ordered
 from data_pipeline.sample import RawSample
 from data_pipeline.shard_stage import ShardStage
 from data_pipeline.shards import Problem, read_raw, write_raw
-from data_pipeline.stages import Rule, Stage
+from data_pipeline.stages import Stage
 from files import atomic_file
 
 Place = tuple[str, int]
 """(shard, position in it)."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a sample."""
-
-    key: str
-    source: str
-    caption: str
-    size: tuple[int, int]
-    """Width and height in pixels; (0, 0) if the picture is broken."""
-    scores: dict[str, float]
-    labels: dict[str, str]
-    dropped_by: str | None = None
-    """Name of the first filter that dropped it; None if it is kept."""
-    stage: int = 0
-    """Number of that filter's stage."""
-    why: str = ""
-
-    def scored(self, rule: Rule, stage: int, score: float | None, why: str = "") -> "Verdict":
-        """This verdict with one more score, which may drop the sample."""
-        scores = self.scores if score is None else self.scores | {rule.filter: round(score, 5)}
-        if self.dropped_by or rule.keeps(scores.get(rule.filter)):
-            return replace(self, scores=scores)
-        return replace(self, scores=scores, dropped_by=rule.filter, stage=stage, why=why)
 
 
 def score(sample: RawSample, stages: tuple[Stage, ...], tools: Tools) -> tuple[Verdict, np.ndarray]:
@@ -78,7 +54,8 @@ def score(sample: RawSample, stages: tuple[Stage, ...], tools: Tools) -> tuple[V
 
 def not_run(name: str, tools: Tools) -> str | None:
     """Why a filter or label cannot run with these tools; None if it can."""
-    return tools.missing(NEEDS[name]) if name in NEEDS else None
+    needs = {**FILTERS, **SET_FILTERS, **LABELS}[name].needs
+    return None if needs is None else tools.missing(needs)
 
 
 class Curation:
@@ -87,7 +64,8 @@ class Curation:
     def __init__(self, data: Path, out: Path, stages: tuple[Stage, ...], inputs: dict[str, Any], tools: Tools):
         self.data, self.out, self.stages, self.inputs, self.tools = data, out, stages, inputs, tools
         paths = {name: path and str(path) for name, path in vars(tools).items()}
-        missing = sorted(need for need in set(NEEDS.values()) if tools.missing(need))
+        needs = {x.needs for x in (*FILTERS.values(), *LABELS.values()) if x.needs}
+        missing = sorted(need for need in needs if tools.missing(need))
         settings = json.loads(json.dumps({"stages": [asdict(s) for s in stages], "tools": paths, "missing": missing}))
         thumbnails = {Path(name).with_suffix(".npy").name: stamp for name, stamp in inputs.items()}
         self.scoring = ShardStage(out / "scores", thumbnails, settings)
@@ -135,31 +113,15 @@ class Curation:
                     for i, v in enumerate(verdicts)
                     if v.dropped_by is None and rule.applies(v.source)
                 ]
-                found = getattr(self, f"_{rule.filter}")([shards[name][i] for name, i in places], places)
+                found = SET_FILTERS[rule.filter]([shards[name][i] for name, i in places], self._pictures(places))
                 for (name, i), (value, why) in zip(places, found, strict=True):
                     shards[name][i] = shards[name][i].scored(rule, stage.number, value, why)
         return shards
 
-    def _duplicate(self, verdicts: list[Verdict], places: list[Place]) -> list[tuple[float, str]]:
-        """1 for a sample that repeats another; of two, the one with more pixels stays, or the earlier one."""
-        order = sorted(range(len(verdicts)), key=lambda n: -verdicts[n].size[0] * verdicts[n].size[1])
-        files = {name: np.load(self._thumbnails(name), mmap_mode="r", allow_pickle=False) for name, _ in places}
-        pictures = [files[places[n][0]][places[n][1]] for n in order]
-        repeated = find_duplicates(np.array(pictures, np.uint8).reshape(-1, SIDE, SIDE, 3))
-        found = [(0.0, "")] * len(verdicts)
-        for n, original in repeated.items():
-            found[order[n]] = 1.0, f"repeats {verdicts[order[original]].key}"
-        return found
-
-    def _domain_excess(self, verdicts: list[Verdict], _: list[Place]) -> list[tuple[float | None, str]]:
-        domains = [v.labels.get("domain", "unknown") for v in verdicts]
-        return [(x, "") for x in balance.domain_excess([v.key for v in verdicts], domains)]
-
-    def _category_rank(self, verdicts: list[Verdict], _: list[Place]) -> list[tuple[float | None, str]]:
-        """By aesthetics, or without that score by the number of pixels."""
-        categories = [v.labels.get("category", "unknown") for v in verdicts]
-        quality = [v.scores.get("aesthetics", v.size[0] * v.size[1] * 1e-12) for v in verdicts]
-        return [(x, "") for x in balance.category_rank([v.key for v in verdicts], categories, quality)]
+    def _pictures(self, places: list[Place]) -> Callable[[int], np.ndarray]:
+        """The thumbnail of the i-th of `places`."""
+        opened = cache(lambda name: np.load(self._thumbnails(name), mmap_mode="r", allow_pickle=False))
+        return lambda i: opened(places[i][0])[places[i][1]]
 
     def copies(self, shards: dict[str, list[Verdict]]) -> dict[str, list[int]]:
         """How often each sample is to be written: 0 if it is dropped, more than once for rare characters."""

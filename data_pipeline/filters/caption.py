@@ -2,6 +2,7 @@
 
 import re
 
+from data_pipeline.filters.description import sample_filter
 from data_pipeline.filters.tools import tokenizer
 from data_pipeline.filters.view import View
 
@@ -38,16 +39,19 @@ _FILE_NAME = re.compile(
 _WORD = re.compile(r"[一-鿿぀-ヿ가-힯]|[^\W\d_]+", re.UNICODE)
 
 
+@sample_filter(keeps="between", title="words in the caption")
 def caption_words(view: View) -> float:
     """Words in the caption; each Chinese, Japanese or Korean character counts as one."""
     return float(len(_WORD.findall(view.caption)))
 
 
+@sample_filter(keeps="at most", title="tokens of the caption", needs="tokenizer")
 def token_length(view: View) -> float:
     """Tokens of the caption, by the text encoder's tokenizer."""
     return float(len(tokenizer(view.tools.components)(view.caption).input_ids))
 
 
+@sample_filter(keeps="at most", title="a caption that says nothing")
 def invalid_caption(view: View) -> float:
     """1 if the caption is a refusal, a file name, markup, a URL, mojibake, or repeats itself; else 0."""
     return float(says_nothing(view.caption))

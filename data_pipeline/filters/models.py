@@ -4,20 +4,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.filters.description import sample_filter
 from data_pipeline.filters.record import caption_split
 from data_pipeline.filters.view import View
 
 
+@sample_filter(keeps="at least", title="cosine of CLIP's picture and caption", needs="clip")
 def clip(view: View) -> float | None:
     """Cosine of CLIP's picture and caption embeddings; None for captions that a model wrote."""
     return _cosine(view, "clip")
 
 
+@sample_filter(keeps="at least", title="cosine of SigLIP's picture and caption", needs="siglip")
 def siglip(view: View) -> float | None:
     """Cosine of SigLIP's picture and caption embeddings; None for captions that a model wrote."""
     return _cosine(view, "siglip")
 
 
+@sample_filter(keeps="at most", title="probability of the label nsfw", needs="nsfw")
 def nsfw(view: View) -> float:
     """Probability that a picture classifier gives to its label "nsfw" (or "unsafe")."""
     import torch
@@ -30,6 +34,7 @@ def nsfw(view: View) -> float:
         return model(**processor(images=view.image, return_tensors="pt")).logits.softmax(-1)[0, label].item()
 
 
+@sample_filter(keeps="at least", title="aesthetic score", needs="aesthetics")
 def aesthetics(view: View) -> float:
     """What a regression model of one output makes of the picture, on that model's scale."""
     import torch

@@ -3,9 +3,11 @@
 import cv2
 import numpy as np
 
+from data_pipeline.filters.description import sample_filter
 from data_pipeline.filters.view import View, level_shares
 
 
+@sample_filter(keeps="at least", title="sharpness")
 def clarity(view: View) -> float:
     """Sharpness in [0, 1]: what a 9-pixel box blur takes from the differences between neighbours, as a share.
 
@@ -23,18 +25,21 @@ def _lost_by_blur(gray: np.ndarray, size: tuple[int, int], here, there) -> float
     return cv2.norm(cv2.subtract(before, after), cv2.NORM_L1) / max(cv2.norm(before, cv2.NORM_L1), 1.0)
 
 
+@sample_filter(keeps="between", title="brightness")
 def luma(view: View) -> float:
     """Brightness in [0, 1]: the middle between the 5th and the 95th percentile of luma."""
     low, high = np.searchsorted(view.histogram.cumsum(), (0.05, 0.95))
     return float(low + high) / 510
 
 
+@sample_filter(keeps="at most", title="share of fully saturated pixels")
 def saturation(view: View) -> float:
     """Share of pixels whose colour is as saturated as can be (HSV saturation above .95, value above .25)."""
     vivid = cv2.inRange(cv2.cvtColor(view.rgb, cv2.COLOR_RGB2HSV), (0, 243, 65), (255, 255, 255))
     return cv2.countNonZero(vivid) / vivid.size
 
 
+@sample_filter(keeps="at least", title="bits of grey differences between neighbours")
 def entropy(view: View) -> float:
     """Shannon entropy, in bits, of grey differences between horizontal neighbours: little in blanks and gradients."""
     share = level_shares(cv2.absdiff(view.gray[:, 1:], view.gray[:, :-1]))
@@ -42,6 +47,7 @@ def entropy(view: View) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
+@sample_filter(keeps="at most", title="noise in grey levels")
 def texture(view: View) -> float:
     """Noise level in grey levels by Immerkaer (1996): much in noise and in patterns without meaning."""
     kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32)

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections import Counter
 
+from data_pipeline.filters.description import label, sample_filter
 from data_pipeline.filters.view import View
 
 _OWNER = re.compile(
@@ -18,6 +19,7 @@ _COPYRIGHT_LINE = re.compile(r"\W*(19|20)\d\d\s*[A-Z]\.\s*[A-Z][a-z]+\W*")
 """A year and a name: what OCR leaves of "© 2019 M. Jones"."""
 
 
+@label(needs="ocr")
 def text_language(view: View) -> str:
     """Label: english, chinese, other or none. A tenth of Han characters makes a picture's text Chinese."""
     letters = [unicodedata.name(c, "") for line in view.lines for c in line.text if c.isalpha()]
@@ -28,17 +30,20 @@ def text_language(view: View) -> str:
     return "english" if sum(name.startswith("LATIN") for name in letters) > 0.5 * len(letters) else "other"
 
 
+@sample_filter(keeps="at most", title="share covered by text", needs="ocr")
 def text_area(view: View) -> float:
     """Share of the picture that lines of text cover."""
     height, width, _ = view.rgb.shape
     return min(1.0, sum(line.length * line.thickness for line in view.lines) / (height * width))
 
 
+@sample_filter(keeps="at least", title="pixels of the smallest characters", needs="ocr")
 def smallest_character(view: View) -> float | None:
     """Size in pixels of the smallest line's characters; None without text. Type below 7 px often goes unread."""
     return min((line.character_size for line in view.lines), default=None)
 
 
+@sample_filter(keeps="at most", title="names an owner", needs="ocr")
 def watermark(view: View) -> float:
     """1 if a line names an owner or an agency, or is a year and a name, or the same line comes three times; else 0."""
     texts = [re.sub(r"\W+", "", line.text).lower() for line in view.lines]

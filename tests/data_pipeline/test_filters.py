@@ -199,7 +199,9 @@ def test_every_rule_has_a_filter_and_reads_as_it_acts():
     assert {rule.filter for stage in REPORT for rule in stage.rules} == {*FILTERS, *SET_FILTERS}
     assert {label for stage in REPORT for label in stage.labels} == set(LABELS)
     for rule in RULES.values():
-        assert rule.least is not None or rule.most is not None
+        given = {"at least": rule.least is not None, "at most": rule.most is not None}
+        keeps = (FILTERS | SET_FILTERS)[rule.filter].keeps
+        assert [side for side, there in given.items() if there] == (list(given) if keeps == "between" else [keeps])
     rule = Rule("x", least=1, most=2, exempt=("text",))
     assert [rule.keeps(v) for v in (0.99, 1, 2, 2.01, None)] == [False, True, True, False, True]
     assert not rule.applies("text") and rule.applies("photo") and str(rule) == "x ≥ 1 and ≤ 2"
