@@ -26,6 +26,7 @@ REWARDS = {
     "shapes": "rewards.shapes:ShapesReward",
     "shapes_soft": "rewards.shapes:ShapesReward",
     "ocr": "rewards.ocr:OCRReward",
+    "remote": "rewards.remote:RemoteReward",
 }
 """name of a score -> the class that gives it."""
 DEADLINE_S = 900.0
