@@ -62,12 +62,12 @@ def add_adapters(model: MMDiT, config: LoRAConfig, seed: int = 0) -> list[str]:
             raise ValueError(
                 f"no layer's name ends in {target!r}; there are {', '.join(_KIND)} (and img.q, txt.mod, ...)"
             )
-    layers = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+    layers = {name: layer for name, layer in layers.items() if name not in _unread(model)}
     model.requires_grad_(False)
     for name, layer in layers.items():
         out_features, in_features = full_shape(layer.weight)
         adapter = Adapter(model.ops, _KIND[name.split(".")[-1]], in_features, out_features, config)
-        layer.lora = adapter.to(layer.weight.device, layer.weight.dtype)
+        layer.lora = adapter.to(layer.weight.device, model.dtype)
         layer.register_forward_hook(lambda module, args, output: output + module.lora(args[0]))
         generator = named_generator(seed, f"{name}.lora.a.weight")
         full = (torch.rand(config.rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
@@ -76,14 +76,18 @@ def add_adapters(model: MMDiT, config: LoRAConfig, seed: int = 0) -> list[str]:
     return list(layers)
 
 
+def _unread(model: MMDiT) -> set[str]:
+    """Layers after the last attention of the text stream: frozen and never run."""
+    return {f"blocks.{len(model.blocks) - 1}.txt.{layer}" for layer in ("out", "mlp_in", "mlp_out")}
+
+
 @torch.no_grad()
 def load_adapters(model: MMDiT, adapters: Adapters) -> None:
     """Fill the adapters that `add_adapters` made, or this rank's slices. ValueError names one that does not match.
 
     Adapters of layers that nothing reads, which other trainers write, are passed over.
     """
-    unread = {f"blocks.{len(model.blocks) - 1}.txt.{layer}" for layer in ("out", "mlp_in", "mlp_out")}
-    adapters = {name: pair for name, pair in adapters.items() if name not in unread}
+    adapters = {name: pair for name, pair in adapters.items() if name not in _unread(model)}
     layers = {name.removesuffix(".lora"): m for name, m in model.named_modules() if isinstance(m, Adapter)}
     if odd := set(layers) ^ set(adapters):
         raise ValueError(f"adapters of the model and of the file differ, first at {min(odd)}")

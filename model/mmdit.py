@@ -42,10 +42,15 @@ class MMDiT(nn.Module):
         )
         self.output = OutputLayer(config, self.ops)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: that of its norms, for linear layers may be stored in another."""
+        return self.txt_norm.weight.dtype
+
     def forward(self, inputs: ModelInputs) -> Tensor:
         """Velocity [n_target, C] of the target tokens, sample after sample (see `Pack.split_targets`)."""
         ops, pack = self.ops, inputs.pack
-        dtype = self.img_in.weight.dtype
+        dtype = self.dtype
         if inputs.img.shape[-1] != self.config.in_channels or inputs.txt.shape[-1] != self.config.joint_attention_dim:
             raise ValueError(
                 f"image tokens of {inputs.img.shape[-1]} and text of {inputs.txt.shape[-1]} channels; this model takes "
