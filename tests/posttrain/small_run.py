@@ -53,7 +53,7 @@ def run_entry(rank: int, name: str, steps: int, save_every: int, lr: float = 1e-
     """`python posttrain/NAME.py` with these settings."""
     os.environ["RANK"] = str(rank)
     entry = importlib.import_module(f"posttrain.{name}")
-    (trainer,) = (c for n, c in vars(entry).items() if n.lower() == name.replace("_", ""))
+    (trainer,) = (c for n, c in vars(entry).items() if n.lower().endswith(name.replace("_", "")))
     config = replace(entry.Config.recipe(CONFIG), **{"validate_every": 0, **settings})
     config = replace(
         config,

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import run_entry
+from torch.distributed.checkpoint import FileSystemReader, load
 from worlds import run_world, start
 
-from training.engine.checkpoint import read_weights
+from training.engine.checkpoint import read_weights, resolve
 from training.engine.config import EngineConfig, ParallelConfig
 from training.run_folder import read_metrics
 
 GRPO = {"prompts_per_update": 2, "group": 3, "sampling_steps": 4, "window": 0, "cfg_scale": 2.0, "beta": 0.01}
+NFT = {"prompts_per_update": 2, "group": 3, "sampling_steps": 4, "levels": 2, "old_decay_rate": 0.5}
 DPO = {"num_pairs": 20, "pictures": 3, "sampling_steps": 3, "min_gap": 1e-5, "batch_size": 4}
 
 
@@ -30,6 +32,17 @@ def assert_same_run(a: Path, b: Path) -> None:
     for ema in (False, True):
         (_, one), (_, other) = read_weights(a, ema), read_weights(b, ema)
         assert all(torch.equal(one[n], other[n]) for n in one)
+    one, other = following(a), following(b)
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def following(run: Path) -> dict[str, torch.Tensor]:
+    """The copies that follow the policy, apart from the moving average, in a run's newest checkpoint."""
+    reader = FileSystemReader(resolve(run))
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(m.size) for n, m in stored.items() if n.startswith("frozen.")}
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def killed(name: str, steps: int, settings: dict, moments) -> None:
@@ -43,7 +56,7 @@ def killed(name: str, steps: int, settings: dict, moments) -> None:
         process.join()
 
 
-@pytest.mark.parametrize("name, steps, settings", [("flow_grpo", 4, GRPO), ("dpo", 10, DPO)])
+@pytest.mark.parametrize("name, steps, settings", [("flow_grpo", 4, GRPO), ("nft", 4, NFT), ("dpo", 10, DPO)])
 def test_a_killed_run_ends_as_if_it_had_not_been(name, steps, settings, init, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_world(1, entry, name, steps, 2, settings | {"init": init, "out": whole}, deadline_s=DEADLINE_S)
@@ -55,15 +68,21 @@ def test_a_killed_run_ends_as_if_it_had_not_been(name, steps, settings, init, tm
     run_world(1, entry, name, steps, 2, settings | {"init": init, "out": cut}, deadline_s=DEADLINE_S)
     assert_same_run(whole, cut)
     assert read_metrics(whole)[-1]["grad_norm"] > 0
+    if name == "nft":
+        _, weights = read_weights(whole, ema=False)
+        copy = {n.removeprefix("frozen.old."): w for n, w in following(whole).items()}
+        assert copy.keys() == weights.keys() and not all(torch.equal(copy[n], w) for n, w in weights.items())
 
 
-@pytest.mark.parametrize("name, settings", [("flow_grpo", GRPO | {"advantage_std": "batch"}), ("dpo", DPO)])
+@pytest.mark.parametrize(
+    "name, settings", [("flow_grpo", GRPO | {"advantage_std": "batch"}), ("nft", NFT), ("dpo", DPO)]
+)
 def test_two_ranks_do_what_one_does(name, settings, init, tmp_path):
-    """Data-parallel for both algorithms, tensor-parallel for the one that draws while it trains."""
+    """Data-parallel for all algorithms, tensor-parallel for those that draw while they train."""
     one = tmp_path / "one"
     run_world(1, entry, name, 2, 2, settings | {"init": init, "out": one}, deadline_s=DEADLINE_S)
     layouts = {"dp2": EngineConfig()}
-    if name == "flow_grpo":
+    if name != "dpo":
         layouts["tp2"] = EngineConfig(ParallelConfig(tp=2))
     for layout, engine in layouts.items():
         two = tmp_path / layout
@@ -71,6 +90,10 @@ def test_two_ranks_do_what_one_does(name, settings, init, tmp_path):
         for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
         (_, a), (_, b) = read_weights(one), read_weights(two)
+        for n in a:
+            torch.testing.assert_close(a[n], b[n], rtol=1e-3, atol=1e-4)
+        a, b = following(one), following(two)
+        assert a.keys() == b.keys() and (a or name != "nft")
         for n in a:
             torch.testing.assert_close(a[n], b[n], rtol=1e-3, atol=1e-4)
 
