@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.buckets import RATIOS
 from data_pipeline.curation import not_run
-from data_pipeline.filters.table import FILTERS, SET_FILTERS
+from data_pipeline.filters.table import find
 from data_pipeline.filters.tools import Tools
 from data_pipeline.filters.verdict import Verdict
 from data_pipeline.page import picture_uri, render
@@ -80,10 +80,10 @@ def script(character: str) -> str:
 
 
 def _filter(rule: Rule, stage: int, verdicts: list[Verdict]) -> dict[str, Any]:
-    scored = [v for v in verdicts if rule.filter in v.scores]
-    dropped = [v for v in scored if (v.dropped_by, v.stage) == (rule.filter, stage)]
+    scored = [v for v in verdicts if rule.name in v.scores]
+    dropped = [v for v in scored if (v.dropped_by, v.stage) == (rule.name, stage)]
     near = [bound for bound in (rule.least, rule.most) if bound is not None]
-    distance = lambda v: min(abs(v.scores[rule.filter] - bound) for bound in near)  # noqa: E731
+    distance = lambda v: min(abs(v.scores[rule.name] - bound) for bound in near)  # noqa: E731
     passed = (v for v in scored if v.dropped_by is None)
     examples = {
         "dropped_examples": heapq.nsmallest(EXAMPLES, dropped, key=_hash),
@@ -91,14 +91,14 @@ def _filter(rule: Rule, stage: int, verdicts: list[Verdict]) -> dict[str, Any]:
     }
     return {
         "stage": stage,
-        "filter": rule.filter,
-        "title": {**FILTERS, **SET_FILTERS}[rule.filter].title,
+        "filter": rule.name,
+        "title": find(rule.filter).title,
         "rule": str(rule),
         "scored": len(scored),
         "exempt": len(verdicts) - sum(rule.applies(v.source) for v in verdicts),
         "dropped": len(dropped),
-        "histogram": _histogram([v.scores[rule.filter] for v in scored], near),
-    } | {side: [[v.key, v.scores[rule.filter]] for v in found] for side, found in examples.items()}
+        "histogram": _histogram([v.scores[rule.name] for v in scored], near),
+    } | {side: [[v.key, v.scores[rule.name]] for v in found] for side, found in examples.items()}
 
 
 def _hash(verdict: Verdict) -> bytes:

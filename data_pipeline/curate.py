@@ -10,7 +10,7 @@ from typing import Literal
 
 try:
     from command_line import UserError, progress, run
-    from data_pipeline.stages import RECIPES
+    from data_pipeline.stages import RECIPES, Stage
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -25,6 +25,8 @@ class Config:
     """Stages and thresholds (data_pipeline/stages.py); toy takes pictures from 48 px on, report from 256 px on."""
     stages: str = "1-3"
     """Stages to run, as 1-3 or 1,3."""
+    filters: tuple[str, ...] = ()
+    """More rules: NAME=THRESHOLD, or FILE.py:NAME=THRESHOLD of your own; LOW..HIGH for scores that lie between."""
     components: Path | None = None
     """Folder with the tokenizer/ that counts tokens."""
     weights: Path | None = None
@@ -42,6 +44,10 @@ def main(config: Config) -> None:
         raise UserError(
             f"the recipe {config.recipe} has no stage {min(unknown)}; it has 1-{len(RECIPES[config.recipe])}"
         )
+    if config.filters:
+        from data_pipeline.filters.table import rule_of
+
+        stages += (Stage(len(RECIPES[config.recipe]) + 1, "more filters", tuple(map(rule_of, config.filters))),)
     from data_pipeline.shard_stage import say_skipped, shards_as_inputs
 
     inputs = shards_as_inputs(config.data, config.out)

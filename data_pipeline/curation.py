@@ -5,6 +5,7 @@ interrupted run goes on, and the decision is a function of the scores alone, how
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.filters import balance
+from data_pipeline.filters.description import SampleFilter, SetFilter
 from data_pipeline.filters.duplicates import SIDE, thumbnail
-from data_pipeline.filters.table import FILTERS, LABELS, SET_FILTERS
+from data_pipeline.filters.table import FILTERS, LABELS, find
 from data_pipeline.filters.tools import Tools
 from data_pipeline.filters.verdict import Verdict
 from data_pipeline.filters.view import View
@@ -26,7 +28,7 @@ from data_pipeline.sample import RawSample
 from data_pipeline.shard_stage import ShardStage
 from data_pipeline.shards import Problem, read_raw, write_raw
 from data_pipeline.stages import Stage
-from files import atomic_file
+from files import atomic_file, hash_files
 
 Place = tuple[str, int]
 """(shard, position in it)."""
@@ -41,8 +43,9 @@ def score(sample: RawSample, stages: tuple[Stage, ...], tools: Tools) -> tuple[V
     verdict = Verdict(sample.key, source, view.caption, (0, 0), {}, {})
     for stage in stages:
         for rule in stage.rules:
-            if rule.filter in FILTERS and rule.applies(source) and not not_run(rule.filter, tools):
-                verdict = verdict.scored(rule, stage.number, FILTERS[rule.filter](view))
+            found = find(rule.filter)
+            if isinstance(found, SampleFilter) and rule.applies(source) and not not_run(rule.filter, tools):
+                verdict = verdict.scored(rule, stage.number, found(view))
             if verdict.dropped_by == "broken":
                 return verdict, np.zeros((SIDE, SIDE, 3), np.uint8)
         if verdict.dropped_by:
@@ -54,7 +57,7 @@ def score(sample: RawSample, stages: tuple[Stage, ...], tools: Tools) -> tuple[V
 
 def not_run(name: str, tools: Tools) -> str | None:
     """Why a filter or label cannot run with these tools; None if it can."""
-    needs = {**FILTERS, **SET_FILTERS, **LABELS}[name].needs
+    needs = (LABELS[name] if name in LABELS else find(name)).needs
     return None if needs is None else tools.missing(needs)
 
 
@@ -64,9 +67,12 @@ class Curation:
     def __init__(self, data: Path, out: Path, stages: tuple[Stage, ...], inputs: dict[str, Any], tools: Tools):
         self.data, self.out, self.stages, self.inputs, self.tools = data, out, stages, inputs, tools
         paths = {name: path and str(path) for name, path in vars(tools).items()}
-        needs = {x.needs for x in (*FILTERS.values(), *LABELS.values()) if x.needs}
+        filters = {rule.filter: find(rule.filter) for stage in stages for rule in stage.rules}
+        needs = {x.needs for x in (*FILTERS.values(), *LABELS.values(), *filters.values()) if x.needs}
         missing = sorted(need for need in needs if tools.missing(need))
         settings = json.loads(json.dumps({"stages": [asdict(s) for s in stages], "tools": paths, "missing": missing}))
+        if own := {inspect.getsourcefile(x.score) for name, x in filters.items() if ":" in name}:
+            settings["own filters"] = hash_files(map(Path, own))
         thumbnails = {Path(name).with_suffix(".npy").name: stamp for name, stamp in inputs.items()}
         self.scoring = ShardStage(out / "scores", thumbnails, settings)
 
@@ -105,7 +111,7 @@ class Curation:
         shards = {name: self._verdicts(name) for name in self.inputs}
         for stage in self.stages:
             for rule in stage.rules:
-                if rule.filter not in SET_FILTERS:
+                if not isinstance(find(rule.filter), SetFilter):
                     continue
                 places = [
                     (name, i)
@@ -113,7 +119,7 @@ class Curation:
                     for i, v in enumerate(verdicts)
                     if v.dropped_by is None and rule.applies(v.source)
                 ]
-                found = SET_FILTERS[rule.filter]([shards[name][i] for name, i in places], self._pictures(places))
+                found = find(rule.filter)([shards[name][i] for name, i in places], self._pictures(places))
                 for (name, i), (value, why) in zip(places, found, strict=True):
                     shards[name][i] = shards[name][i].scored(rule, stage.number, value, why)
         return shards

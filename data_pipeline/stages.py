@@ -15,9 +15,15 @@ class Rule:
     """Keep a sample whose score by `filter` is from `least` to `most`; samples of the `exempt` sources all pass."""
 
     filter: str
+    """Name of one of ours, or one's own as FILE.py:NAME."""
     least: float | None = None
     most: float | None = None
     exempt: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What its scores are called."""
+        return self.filter.rpartition(":")[2]
 
     def keeps(self, score: float | None) -> bool:
         if score is None:
@@ -29,7 +35,7 @@ class Rule:
 
     def __str__(self) -> str:
         bounds = (("≥", self.least), ("≤", self.most))
-        return f"{self.filter} " + " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        return f"{self.name} " + " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 
 
 @dataclass(frozen=True)

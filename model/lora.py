@@ -1,8 +1,9 @@
 """LoRA: low-rank adapters around our own layers, y = W x + scale B A x (arXiv 2106.09685), in any parallel layout.
 
-A and B are made by the factories that made the layer, so that they are split as it is: a column layer's adapter is a
-replicated A and a column B, a row layer's a row A and a replicated B. Communication and gradients are then those of
-layers that are exact already. Names of the base weights do not change; an adapter adds `<layer>.lora.a`, `.lora.b`.
+A and B are made by the factories that made the layer (unless `Ops.adapters` says others), so that they are split as it
+is: a column layer's adapter is a replicated A and a column B, a row layer's a row A and a replicated B. Communication and
+gradients are then those of layers that are exact already. Names of the base weights do not change; an adapter adds
+`<layer>.lora.a`, `.lora.b`.
 """
 
 import torch
@@ -66,7 +67,7 @@ def add_adapters(model: MMDiT, config: LoRAConfig, seed: int = 0) -> list[str]:
     model.requires_grad_(False)
     for name, layer in layers.items():
         out_features, in_features = full_shape(layer.weight)
-        adapter = Adapter(model.ops, _KIND[name.split(".")[-1]], in_features, out_features, config)
+        adapter = Adapter(model.ops.adapters, _KIND[name.split(".")[-1]], in_features, out_features, config)
         layer.lora = adapter.to(layer.weight.device, model.dtype)
         layer.register_forward_hook(lambda module, args, output: output + module.lora(args[0]))
         generator = named_generator(seed, f"{name}.lora.a.weight")

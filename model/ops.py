@@ -23,6 +23,11 @@ class Ops:
     heads_divisor = 1
     """The number of heads must be divisible by this (tensor x context parallel size)."""
 
+    @property
+    def adapters(self) -> "Ops":
+        """What makes the layers of adapters, which train, beside these."""
+        return self
+
     def column(self, in_features: int, out_features: int) -> nn.Module:
         """Linear [L, in] -> [L, out slice of this rank]; input and output of the parallel region differ in width."""
         return nn.Linear(in_features, out_features)

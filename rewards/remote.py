@@ -13,7 +13,7 @@ import io
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,6 @@ from torch import Tensor
 
 from command_line import UserError
 from rewards import checked
-
-TRANSIENT = (408, 429)
-"""Statuses below 500 that may pass by."""
 
 
 class RemoteReward:
@@ -66,17 +63,18 @@ class RemoteReward:
         pool = ThreadPoolExecutor(self.concurrent, "remote reward")
         starts = range(0, len(rows), self.batch)
         asked = [pool.submit(self._ask, rows[i : i + self.batch], end, given_up) for i in starts]
-        try:
-            answers = [future.result(max(0.0, end - time.monotonic()) + 1) for future in asked]
-        except TimeoutError:  # a server that sends a byte now and then
-            raise UserError(f"{self.url} gave no scores within {self.deadline_s:g} s") from None
+        try:  # one batch that fails ends the others' waiting
+            done, late = wait(asked, max(0.0, end - time.monotonic()) + 1, FIRST_EXCEPTION)
+            answers = [future.result() for future in asked if future in done]
+            if late:  # a server that sends a byte now and then
+                raise UserError(f"{self.url} gave no scores within {self.deadline_s:g} s")
         finally:
-            given_up.set()  # one batch that fails ends the others' waiting
+            given_up.set()
             pool.shutdown(wait=False, cancel_futures=True)
         if odd := [a for a in answers if a.keys() != answers[0].keys()]:
             raise ValueError(f"{self.url} names other scores for other pictures: {[*answers[0]]} and {[*odd[0]]}")
         found = {name: torch.cat([a[name] for a in answers]) for name in answers[0]}
-        first = self.score or next(iter(found))
+        first = self.score or next(iter(found), "")
         if first not in found:
             raise ValueError(f"{self.url} gives no score {first!r}, but {', '.join(found)}")
         return {first: found[first], **found}
@@ -98,7 +96,7 @@ class RemoteReward:
                 if reply.is_success:
                     return self._scores(reply, len(rows))
                 problem = f"{reply.status_code} {reply.reason_phrase} {_short(reply.text)}"
-                if reply.status_code < 500 and reply.status_code not in TRANSIENT:
+                if reply.status_code < 500 and reply.status_code not in (408, 429):
                     raise UserError(f"{self.url} refuses to score: {problem}")
             given_up.wait(max(0.0, min(self.pause_s * 2**attempts, end - time.monotonic())))
             attempts += 1

@@ -24,7 +24,7 @@ class Verdict:
 
     def scored(self, rule: Rule, stage: int, score: float | None, why: str = "") -> "Verdict":
         """This verdict with one more score, which may drop the sample."""
-        scores = self.scores if score is None else self.scores | {rule.filter: round(score, 5)}
-        if self.dropped_by or rule.keeps(scores.get(rule.filter)):
+        scores = self.scores if score is None else self.scores | {rule.name: round(score, 5)}
+        if self.dropped_by or rule.keeps(scores.get(rule.name)):
             return replace(self, scores=scores)
-        return replace(self, scores=scores, dropped_by=rule.filter, stage=stage, why=why)
+        return replace(self, scores=scores, dropped_by=rule.name, stage=stage, why=why)
