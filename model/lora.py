@@ -1,8 +1,8 @@
 """LoRA: low-rank adapters around our own layers, y = W x + scale B A x (arXiv 2106.09685), in any parallel layout.
 
 A and B are made by the factories that made the layer (unless `Ops.adapters` says others), so that they are split as it
-is: a column layer's adapter is a replicated A and a column B, a row layer's a row A and a replicated B. Communication and
-gradients are then those of layers that are exact already. Names of the base weights do not change; an adapter adds
+is: a column layer's adapter is a replicated A and a column B, a row layer's a row A and a replicated B. Communication
+and gradients are then those of layers that are exact already. Names of the base weights do not change; an adapter adds
 `<layer>.lora.a`, `.lora.b`.
 """
 
