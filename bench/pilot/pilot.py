@@ -75,6 +75,8 @@ class Config:
     """Validation prompts that the judge sees at the end, 0 for none."""
     guidance: tuple[float, ...] = (1.0, 2.5, 4.0)
     sample_steps: int = 20
+    rescale: bool = True
+    """Guide as Qwen-Image does, every token's velocity brought back to the norm that it has with the prompt."""
     diagnose: bool = False
     """Only measure, on the run's weights, what prompts change in the velocity, by sigma."""
 
@@ -249,7 +251,7 @@ class Pilot:
             sigma = torch.from_numpy(rng.uniform(low, high, len(x0))).float()
             noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
             by_band.append(self.errors(x0, noise, sigma, self.held_out_rows).mean().item())
-        levels = replace_high(self)
+        levels = todays_levels(self)
         share = np.histogram(levels, BANDS)[0] / len(levels)
         return {"loss": round(float(share @ by_band), 4), "bands": [round(b, 4) for b in by_band]}
 
@@ -329,8 +331,6 @@ class Pilot:
         """How much the velocity changes without the prompt, and with the colours of two-coloured prompts exchanged."""
         import torch
 
-        from evaluation.prompts import shapes_prompts
-
         x0, rows, rng = tokens_of(self.held_out), self.held_out_rows, np.random.default_rng(98)
         known = {v: k for k, v in self.texts.index.items()}
         swapped = torch.tensor([self.texts.index.get(swap_colors(known[int(r)]), -1) for r in rows])
@@ -355,7 +355,6 @@ class Pilot:
                 "loss": error(v).mean().item(), "loss without prompt": error(empty).mean().item(),
                 "loss of pairs": error(v)[both].mean().item(), "swapped": error(other)[both].mean().item(),
             })  # fmt: skip
-        del shapes_prompts
         return out
 
     # Files.
@@ -403,7 +402,7 @@ class Pilot:
         print(self.config.out.name, line, flush=True)
 
 
-def replace_high(pilot: Pilot) -> np.ndarray:
+def todays_levels(pilot: Pilot) -> np.ndarray:
     """Many noise levels of today's density at this resolution, whatever the run trains with."""
     plain = Pilot.__new__(Pilot)
     plain.config, plain.tokens = replace(pilot.config, high_noise=0.0, stratified=True), pilot.tokens
@@ -506,7 +505,7 @@ def main(config: Config) -> None:
         if done % config.save_every < n or last:
             pilot.save()
     for guidance in config.guidance if config.prompts else ():
-        pilot.log(status() | {"judge": pilot.with_average(pilot.judged, guidance)})
+        pilot.log(status() | {"judge": pilot.with_average(pilot.judged, guidance, config.rescale)})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Config:
     lr: float = 2e-3
     noise: float = 0.1
     """Noise on the latents, in units of each channel's standard deviation."""
+    decoder_only: bool = False
+    """Keep the encoder and the latents' statistics, so that what was trained on the latents stays valid."""
     minutes: float = 8.0
     """Length; the learning rate falls to zero over it."""
     seed: int = 100
@@ -55,7 +57,11 @@ def main(config: Config) -> None:
     rng = np.random.default_rng(config.seed)
     vae = VAE.from_folder(config.components).train()
     vae.video_decoder = vae.video_post_quant_conv = None
-    params = [p for n, p in vae.named_parameters() if "time_conv" not in n]
+    parts = ("decoder.", "post_quant_conv.") if config.decoder_only else ("",)
+    params = [p for n, p in vae.named_parameters() if "time_conv" not in n and n.startswith(parts)]
+    frozen = {id(p) for p in vae.parameters()} - {id(p) for p in params}
+    for p in vae.parameters():
+        p.requires_grad_(id(p) not in frozen)
     optimizer = torch.optim.AdamW(params, config.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
     averaged = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
     perceptual, start, step, psnr = GradientPyramid(), time.monotonic(), 0, 0.0
@@ -79,6 +85,8 @@ def main(config: Config) -> None:
             row = {"step": step, "seconds": round(time.monotonic() - start), "psnr": round(psnr / (1 - 0.95**step), 2)}
             print(json.dumps(row), flush=True)
     vae = averaged.module.eval()
+    if config.decoder_only:
+        return vae.save(config.out)
     with torch.no_grad():
         z = torch.cat([vae.moments(pictures(rng, 32, config.side))[0] for _ in range(16)]).double()
     mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
