@@ -1,6 +1,6 @@
 """What the pilot trains on: shapes pictures that hardly repeat, as latents, each with a short and a full caption.
 
-    python bench/pilot/world.py --components FOLDER --vae FOLDER --out FOLDER --count 40000
+    python bench/pilot/world.py --vae FOLDER --out FOLDER --count 30000
 
 writes `latents.npy` (float16 [N, 16, h, w]) and `captions.json` ([[short, full], ...], the same sentence twice where
 nothing more may be said), and the same of `held-out` pictures, drawn from validation prompts.
