@@ -77,11 +77,11 @@ def main(config: Config) -> None:
     from torch import nn
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from model import conditioner
+    from model import conditioner, tiny_components
 
     torch.set_num_threads(1)
-    conditioner._WORDS += " navy beige pale"
-    conditioner.write_tiny_components(config.out, config.seed)
+    tiny_components._WORDS += " navy beige pale"
+    tiny_components.write_tiny_components(config.out, config.seed)
     c = conditioner.Conditioner.from_folder(config.out)
     if not config.minutes:
         return
