@@ -71,7 +71,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(name, steps, settings, init, tm
     if name == "nft":
         _, weights = read_weights(whole, ema=False)
         copy = {n.removeprefix("frozen.old."): w for n, w in following(whole).items()}
-        assert copy.keys() == weights.keys() and not all(torch.equal(copy[n], w) for n, w in weights.items())
+        assert copy.keys() < weights.keys()  # weights that never learn need no copy
+        assert not all(torch.equal(w, weights[n]) for n, w in copy.items())
 
 
 @pytest.mark.parametrize(
