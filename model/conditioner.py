@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+import cpu_math  # noqa: F401
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 

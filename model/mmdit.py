@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cpu_math  # noqa: F401
 from model.config import MMDiTConfig
 from model.fused import EPS, Rows
 from model.layers import Block, OutputLayer, TimeEmbedding

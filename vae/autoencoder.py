@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cpu_math  # noqa: F401
 from vae.config import PRESETS, VAEConfig
 from vae.diffusers_folder import load_weights, read_vae_folder, write_vae_folder
 from vae.initial import initialize

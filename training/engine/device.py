@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.overrides import TorchFunctionMode
 
+import cpu_math  # noqa: F401
 from training.engine.config import ParallelConfig
 
 CPU = torch.device("cpu")
