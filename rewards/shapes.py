@@ -2,7 +2,8 @@
 
 The detector knows nothing of how pictures are made: the background is the border's median colour, an object a connected
 region that differs from it, its colour the nearest named one in CIELAB, its shape the nearest of a few prototypes of
-contour features. Unlike GenEval's rule, objects that nobody asked for cost credit.
+contour features. Unlike GenEval's rule, objects that nobody asked for cost credit: a little of everything, drawn
+whatever is asked, earns less than the right object alone.
 """
 
 import math
@@ -37,6 +38,9 @@ _PROTOTYPES = (
 """Mean area / (hull, enclosing circle, rectangle, triangle) over true renders of 64 to 256 px, then of blurred ones."""
 _SHAPE_SCALE, _SHAPE_LIMIT = 0.08, 0.28
 _COLOR_SCALE, _COLOR_LIMIT = 12.0, 40.0
+SURPLUS = 0.5
+"""What is left of the soft credit after each object too many; an object up to the wanted number costs nothing, so that
+a model which draws too few can learn to try."""
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -142,9 +146,9 @@ def _relation(a: Detection, b: Detection, relation: str) -> float:
 def credit(detections: list[Detection], metadata: dict[str, Any]) -> tuple[float, float]:
     """(strict, soft) credit of a picture for its prompt, both in [0, 1].
 
-    Wanted objects are assigned to detections by how well shape and colour fit. Soft credit is the mean fit over as many
-    objects as are wanted or were found, whichever is more, so that an empty picture gets 0 and superfluous objects
-    cost; a wanted relation scales it between a half and one. Strict credit is 1 if every object is right, none is
+    Wanted objects are assigned to detections by how well shape and colour fit. Soft credit is the mean fit over the
+    wanted objects, so that an empty picture gets 0; it is halved (SURPLUS) for every object found beyond their number,
+    and a wanted relation scales it between a half and one. Strict credit is 1 if every object is right, none is
     superfluous and the relation holds.
     """
     wanted = [(i, c) for i, c in enumerate(metadata["include"]) for _ in range(c["count"])]
@@ -157,7 +161,7 @@ def credit(detections: list[Detection], metadata: dict[str, Any]) -> tuple[float
             if "color" in clause:
                 fit[row, column] = (fit[row, column] + d.color_p[list(COLORS).index(clause["color"])]) / 2
     rows, columns = linear_sum_assignment(fit, maximize=True)
-    soft = fit[rows, columns].sum() / max(len(wanted), len(detections))
+    soft = fit[rows, columns].sum() / len(wanted) * SURPLUS ** max(0, len(detections) - len(wanted))
     strict = len(wanted) == len(detections) and all(
         detections[c].shape == wanted[r][1]["class"] and wanted[r][1].get("color") in (None, detections[c].color)
         for r, c in zip(rows, columns, strict=True)

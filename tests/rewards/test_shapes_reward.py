@@ -74,6 +74,38 @@ def test_soft_credit_grows_with_every_thing_done_right():
     assert superfluous[0] == 0 and superfluous[1] < softs[-1] - 0.2
 
 
+EVERYTHING = [
+    ("circle", "red", 35, 35),
+    ("square", "blue", 95, 35),
+    ("star", "green", 35, 95),
+    ("triangle", "yellow", 95, 95),
+]
+
+
+def test_objects_that_nobody_asked_for_do_not_pay():
+    """A constant picture of all four shapes, right for .40 of the prompts by GenEval's rule, against what is asked."""
+    metadata, true = pictures(120, 128, seed=3)
+    everything = [world.Placed(s, c, world.COLORS[c], x, y, 18, 0.0) for s, c, x, y in EVERYTHING]
+    constant = world.draw(everything, (250, 250, 250), (128, 128))
+    blank = np.full((128, 128, 3), 250, np.uint8)
+    shown = {"all": [constant] * 120, "blank": [blank] * 120, "true": true}
+    scores = {name: reward(images, metadata) for name, images in shown.items()}
+    assert not scores["all"]["shapes"].any() and scores["all"]["shapes_soft"].mean() < 0.2
+    assert not scores["blank"]["shapes"].any() and not scores["blank"]["shapes_soft"].any()
+    assert scores["true"]["shapes_soft"].mean() > 0.95
+    one = {"tag": "single_object", "include": [{"class": "circle", "count": 1}]}
+    softs = [credit(shapes(*EVERYTHING[:n]), one)[1] for n in (1, 2, 3, 4)]
+    assert all(b < 0.6 * a for a, b in zip(softs, softs[1:], strict=False)) and softs[-1] > 0
+
+
+def test_trying_a_second_object_costs_nothing():
+    both = {"tag": "two_object", "include": [{"class": "circle", "count": 1}, {"class": "star", "count": 1}]}
+    alone = credit(shapes(("circle", "red", 30, 30)), both)[1]
+    wrong = credit(shapes(("circle", "red", 30, 30), ("square", "red", 90, 90)), both)[1]
+    right = credit(shapes(("circle", "red", 30, 30), ("star", "red", 90, 90)), both)[1]
+    assert wrong >= alone - 0.01 and right > alone + 0.4
+
+
 def test_counts_and_relations():
     three = {"tag": "counting", "include": [{"class": "circle", "count": 3}]}
     row = [("circle", "red", x, y) for x, y in [(25, 25), (100, 25), (25, 100), (100, 100)]]
