@@ -135,8 +135,10 @@ def stage_table(line: Path) -> list[tuple[str, str, str, str]]:
         last = (read_rows(line / marker.stem / "metrics.jsonl") or [{}])[-1]
         shown = ", ".join(f"{k} {last[k]:.4g}" for k in ("loss", "reward") if k in last)
         judged = [
-            f"{v['judge']:.2f} [{v['judge_low']:.2f}, {v['judge_high']:.2f}], reward {v['reward']:.2f}"
+            f"{v['strict']:.2f} [{v['strict_low']:.2f}, {v['strict_high']:.2f}] over {v['strict_floor']:.2f}; "
+            f"GenEval's rule {v['official']:.2f} over {v['official_floor']:.2f}; reward {v['reward']:.2f}"
             for v in read_rows(line / marker.stem / "validation.jsonl")[-1:]
+            if "strict" in v
         ]
         seconds = json.loads(marker.read_text())["seconds"]
         rows.append((marker.stem, f"{seconds:.0f}", shown, "".join(judged)))

@@ -5,6 +5,7 @@ as StyleGAN's authors ship it). FID is biased for small sets: compare equal numb
 thousand pictures.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from command_line import UserError
 
 BATCH = 32
-KID_SUBSETS = 100
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+"""Subsets that KID is the mean over, and their size (StyleGAN's); fewer than twice as many pictures are halved."""
 
 
 class _Features(nn.Module):
@@ -38,9 +40,11 @@ class _Features(nn.Module):
 
 
 def distances(drawn: Iterable[np.ndarray], real: Iterable[np.ndarray], inception: Path, device: str) -> dict[str, Any]:
-    """{"fid": {value, n}, "kid": {value, low, high, n}} of uint8 [h, w, 3] pictures; KID's interval is over subsets.
+    """{"fid": {value, n}, "kid": {value, low, high, n}} of uint8 [h, w, 3] pictures; KID's interval is by subsampling.
 
-    Raises UserError if torchmetrics or the network is missing, or there are fewer than two pictures on a side.
+    Means over m of n pictures, drawn without replacement, scatter around the mean over all sqrt(n / m - 1) times as
+    much as that itself does: once for halves, not at all for subsets as large as the whole. n is the smaller side's.
+    Raises UserError if torchmetrics or the network is missing, or there are fewer than four pictures on a side.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -50,19 +54,21 @@ def distances(drawn: Iterable[np.ndarray], real: Iterable[np.ndarray], inception
     network = _Features(inception).to(device)
     features = {True: _embed(real, network, device), False: _embed(drawn, network, device)}
     least = min(map(len, features.values()))
-    if least < 2:
-        raise UserError("FID and KID need two pictures on each side at least")
+    if least < 4:
+        raise UserError("FID and KID need four pictures on each side at least")
+    size = min(KID_SUBSET_SIZE, least // 2)
     fid = FrechetInceptionDistance(feature=_Given())
-    kid = KernelInceptionDistance(feature=_Given(), subsets=KID_SUBSETS, subset_size=min(1000, least))
+    kid = KernelInceptionDistance(feature=_Given(), subsets=KID_SUBSETS, subset_size=size)
     for is_real, values in features.items():
         fid.update(values, real=is_real)
         kid.update(values, real=is_real)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mean, std = (v.item() for v in kid.compute())
+    reach = 1.96 * std / math.sqrt(least / size - 1)
     return {
         "fid": {"value": fid.compute().item(), "low": None, "high": None, "n": len(features[False])},
-        "kid": {"value": mean, "low": mean - 1.96 * std, "high": mean + 1.96 * std, "n": len(features[False])},
+        "kid": {"value": mean, "low": mean - reach, "high": mean + reach, "n": len(features[False])},
     }
 
 

@@ -82,10 +82,9 @@ def _write_page(output: Path, items: list[dict]) -> None:
 
 def _report(config: LabelConfig) -> None:
     from evaluation.agreement import agreement
-    from evaluation.judge import Judge
+    from evaluation.prompts import SHAPES_SHA256, shapes_prompts
     from evaluation.runner import read_picture
-    from evaluation.scoring import score
-    from evaluation.suites import reward_objects
+    from evaluation.suites import ShapesSuite
 
     items = _read(config.output / "items.json")
     labels = _read(config.labels)
@@ -95,13 +94,13 @@ def _report(config: LabelConfig) -> None:
     if not kept:
         raise UserError(f"{config.labels} labels no picture right or wrong")
     images = [read_picture(Path(item["file"])) for item, _ in kept]
-    found = {"judge": Judge()(images), "reward": [reward_objects(image) for image in images]}
+    prompts = {p.id: p for split in SHAPES_SHA256 for p in shapes_prompts(split)}
+    rows = ShapesSuite("validation").score(images, [prompts[item["id"]] for item, _ in kept])
     print(f"{len(kept)} labelled right or wrong ({sum(y for _, y in kept)} right), {len(items) - len(kept)} left out")
-    for name, objects in found.items():
-        verdicts = [score(item["metadata"], o).correct for (item, _), o in zip(kept, objects, strict=True)]
-        a = agreement([y for _, y in kept], verdicts, [item["id"] for item, _ in kept])
+    for name in ("strict", "official", "reward"):
+        a = agreement([y for _, y in kept], [v == 1 for v in rows[name]], [item["id"] for item, _ in kept])
         show = lambda v: f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]"  # noqa: E731
-        print(f"{name:<7} agrees on {show(a.share)}, kappa {show(a.kappa)}")
+        print(f"{name:<8} agrees on {show(a.share)}, kappa {show(a.kappa)}")
 
 
 def _read(path: Path) -> list:

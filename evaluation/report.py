@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.page import picture_uri
-from evaluation.intervals import Estimate, Scores, difference, estimate
+from evaluation.intervals import ALPHA, Estimate, Scores, difference, estimate, holm, p_value
 from evaluation.runner import CONTROLS, Row, Source, SuiteRun, read_picture
 from files import atomic_file, write_json
 
@@ -30,8 +30,8 @@ class Result:
         return Scores([r.scores[measure] for r in chosen], [r.prompt for r in chosen], [r.stratum for r in chosen])
 
     def measures(self) -> list[str]:
-        """Names of the measures, the primary one first."""
-        names = sorted({name for r in self.rows for name in r.scores})
+        """Names of the measures, the primary one first, then as the suite lists them."""
+        names = dict.fromkeys(name for r in self.rows for name in r.scores)
         return sorted(names, key=lambda name: name != self.run.suite.primary)
 
     def strata(self) -> list[str]:
@@ -40,7 +40,7 @@ class Result:
 
     def bounds(self, measure: str) -> tuple[float, float] | None:
         """Least and greatest value, where the suite knows them."""
-        return self.run.suite.bounds if measure == self.run.suite.primary else None
+        return self.run.suite.bounds.get(measure)
 
 
 def summary(result: Result) -> dict[str, Any]:
@@ -63,18 +63,24 @@ def _with_controls(result: Result, measure: str, stratum: str | None) -> dict[st
     bounds = result.bounds(measure)
     entry = plain(estimate(scores, bounds))
     for kind in CONTROLS:
-        control = result.scores(measure, kind, stratum)
+        control = result.scores(measure, f"constant {measure}" if kind == "constant" else kind, stratum)
         entry[kind] = None if control is None else plain(estimate(control, bounds))
     return entry
 
 
 def comparison(first: Result, second: Result) -> dict[str, Any]:
-    """Second minus first for every measure, paired by prompt and seed, over all prompts and by kind."""
+    """Second minus first for every measure, paired by prompt and seed, over all prompts and by kind.
+
+    "significant" holds for all measures at once (p-values adjusted by Holm's method), and so for all entries by kind.
+    """
     table: dict[str, Any] = {}
     for measure in first.measures():
         if (entry := _difference(first, second, measure, None)) is not None:
             kinds = {s: e for s in first.strata() if (e := _difference(first, second, measure, s)) is not None}
             table[measure] = {**entry, "by kind": kinds}
+    for family in (list(table.values()), [e for entry in table.values() for e in entry["by kind"].values()]):
+        for entry, p in zip(family, holm([e["p"] for e in family]), strict=True):
+            entry["p"], entry["significant"] = None if math.isnan(p) else p, p < ALPHA
     return table
 
 
@@ -82,8 +88,8 @@ def _difference(first: Result, second: Result, measure: str, stratum: str | None
     a, b = first.scores(measure, "model", stratum), second.scores(measure, "model", stratum)
     if a is None or b is None:
         return None
-    found = difference(a, b, paired=True)
-    return {**plain(found), "significant": found.significant}
+    bounds = first.bounds(measure)
+    return {**plain(difference(a, b, True, bounds)), "p": p_value(a, b, True, bounds)}
 
 
 def plain(e: Estimate) -> dict[str, Any]:

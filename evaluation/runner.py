@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES_PER_BATCH = 16
-CONTROLS = ("ceiling", "blank", "other")
-"""Beside the model's pictures: VAE round trips of true ones, blank ones, true ones of other prompts."""
+CONTROLS = ("ceiling", "blank", "other", "constant")
+"""Beside the model's pictures: VAE round trips of true ones, blank ones, true ones of other prompts, and the one
+picture that gets the most of a measure if it is drawn whatever is asked."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Row:
     prompt: str
     stratum: str
     kind: str
-    """"model", or one of CONTROLS."""
+    """"model", one of CONTROLS, or "constant MEASURE"."""
     index: int
     """Number of the picture among its prompt's."""
     scores: dict[str, float]
@@ -141,7 +142,9 @@ class SuiteRun:
                 continue
             shown, asked = [x for _, _, x in items], [p for p, _, _ in items]
             scores = self.suite.score(shown, asked)
-            if self.measures is not None:
+            if kind.startswith("constant"):
+                scores = {name: values for name, values in scores.items() if kind == f"constant {name}"}
+            elif self.measures is not None:
                 scores |= self.measures.score(shown, asked)
             if kind == "model" and self.sampling.images_per_prompt > 1:
                 scores["diversity"] = [diversity(pictures[batch.index(p)]) for p, _, _ in items]
@@ -177,6 +180,8 @@ class SuiteRun:
         rotated = images[1:] + images[:1]
         alone = len(batch) == 1
         yield "other", [[o] if o is not None else [] if alone else [r[0]] for o, r in zip(others, rotated, strict=True)]
+        for measure, picture in self.suite.constants(size).items():
+            yield f"constant {measure}", [[picture]] * len(batch)
 
 
 def diversity(pictures: list[np.ndarray]) -> float:

@@ -1,12 +1,18 @@
-"""GenEval's rules (arXiv 2310.11513): is what a prompt asks for among the objects that a detector found?
+"""Is a picture what its prompt asks for, by the objects that a detector found? Two rules, whatever the detector.
 
-The rules are the official ones, whatever the detector: include clauses AND, exclude clauses OR; at most 16 objects of a
-class; colour and position are asked of the `count` most confident objects of the class; an offset between box centres,
-shrunk by .1 of the boxes' sizes, must be more than .5 of the distance in the direction of the relation.
+`score_strictly`: exactly the objects asked for, in number, kind, colour and relation, and no others.
+
+`score`, GenEval's (arXiv 2310.11513): what is asked for is among the objects. Others may stand beside it, so a constant
+picture that shows a little of everything is right for many prompts. This is the official rule: include clauses AND,
+exclude clauses OR; at most 16 objects of a class; colour and position are asked of the `count` most confident objects
+of the class; an offset between box centres, shrunk by .1 of the boxes' sizes, must be more than .5 of the distance in
+the direction of the relation.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 MAX_OBJECTS = 16
@@ -62,7 +68,7 @@ def _shrink(value: float, by: float) -> float:
 
 
 def score(metadata: dict[str, Any], objects: Objects) -> Verdict:
-    """Judge a picture's objects by its prompt's GenEval metadata."""
+    """Judge a picture's objects by its prompt's GenEval metadata, by GenEval's rule."""
     reasons: list[str] = []
     matched: list[list[Found] | None] = []
     for clause in metadata.get("include", []):
@@ -95,3 +101,43 @@ def _include(
         if not all(relation in relations(f, t) for f in candidates for t in matched[target]):
             return f"expected {name} {relation} its target, it isn't", candidates
     return None, candidates
+
+
+def score_strictly(metadata: dict[str, Any], objects: Objects) -> Verdict:
+    """Judge a picture's objects by its prompt's GenEval metadata, by the strict rule.
+
+    Each object found must be one that was asked for, and each that was asked for must be found: clauses share out the
+    objects so that every one of them holds. Relations are GenEval's, colour is asked of all objects of a clause.
+    """
+    clauses = metadata.get("include", [])
+    asked: Counter[str] = Counter()
+    for clause in clauses:
+        asked[clause["class"]] += clause["count"]
+    found = {name: len(group) for name, group in objects.items()}
+    reasons = [
+        f"expected exactly {asked[name]} {name}, found {found.get(name, 0)}"
+        for name in dict.fromkeys([*asked, *found])
+        if asked[name] != found.get(name, 0)
+    ]
+    if not reasons and not _shared_out(clauses, objects, []):
+        reasons.append("the objects asked for, but not in the colours and relations asked for")
+    return Verdict(not reasons, tuple(reasons))
+
+
+def _shared_out(clauses: list[dict[str, Any]], left: Objects, chosen: list[tuple[Found, ...]]) -> bool:
+    """Whether the clauses after those that have `chosen` their objects can share the ones that are left."""
+    if len(chosen) == len(clauses):
+        return True
+    clause = clauses[len(chosen)]
+    name = clause["class"]
+    for mine in combinations(left.get(name, []), clause["count"]):
+        if "color" in clause and any(f.color != clause["color"] for f in mine):
+            continue
+        if "position" in clause:
+            relation, target = clause["position"]
+            if not all(relation in relations(f, t) for f in mine for t in chosen[target]):
+                continue
+        rest = [f for f in left.get(name, []) if all(f is not m for m in mine)]
+        if _shared_out(clauses, {**left, name: rest}, [*chosen, mine]):
+            return True
+    return False

@@ -10,10 +10,12 @@ import numpy as np
 
 from command_line import UserError
 from data_pipeline.synthesis import shapes_world
+from evaluation.constant_pictures import RULES, best_constant
 from evaluation.judge import Judge
+from evaluation.leftovers import has_leftovers
 from evaluation.ocr import Tesseract, score_text
 from evaluation.prompts import Prompt, shapes_prompts
-from evaluation.scoring import Found, Objects, group, score
+from evaluation.scoring import Found, Objects, group, score, score_strictly
 from evaluation.text_prompts import text_prompts
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 Rows = dict[str, list[float]]
 """Numbers of pictures by measure."""
+SHARE, GAP = (0.0, 1.0), (-1.0, 1.0)
+"""Least and greatest value of a share, and of the difference of two."""
 
 
 class Suite(Protocol):
@@ -30,8 +34,8 @@ class Suite(Protocol):
     prompts: list[Prompt]
     primary: str
     """The measure that a claim is about."""
-    bounds: tuple[float, float] | None
-    """Least and greatest value of the primary measure, if there are any."""
+    bounds: dict[str, tuple[float, float]]
+    """Least and greatest value of the measures that have them."""
     fingerprint: str
     """Changes whenever a score may: hash or version of the judge."""
 
@@ -46,6 +50,9 @@ class Suite(Protocol):
 
     def sources(self, prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray]:
         """Pictures that the prompt asks to edit."""
+
+    def constants(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The picture that gets the most of a measure if it is drawn for every prompt, of measures that know theirs."""
 
 
 def generator(prompt: Prompt, purpose: str) -> np.random.Generator:
@@ -70,22 +77,31 @@ def _outline_box(placed: shapes_world.Placed) -> tuple[float, float, float, floa
     return (*corners.min(0).tolist(), *corners.max(0).tolist())
 
 
-def reward_objects(image: np.ndarray) -> Objects:
-    """What the detector of the shapes reward finds."""
-    from rewards.shapes import detect
+def is_exactly(metadata: dict[str, Any], image: np.ndarray, objects: Objects) -> bool:
+    """The strict verdict: the judge's `objects` are those asked for, and the picture shows nothing besides them."""
+    return score_strictly(metadata, objects).correct and not has_leftovers(image, objects)
 
-    found = [(d.shape, Found(d.box, float(d.shape_p.max()), d.color)) for d in detect(image) if d.shape]
-    return group(found, 0.5)
+
+def reward_verdicts(images: list[np.ndarray], prompts: list[Prompt]) -> list[float]:
+    """1 where the shapes reward gives its strict credit, else 0."""
+    from rewards.shapes import ShapesReward
+
+    scores = ShapesReward()(images, [p.text for p in prompts], [p.metadata for p in prompts])
+    return scores["shapes"].tolist()
 
 
 @dataclass
 class ShapesSuite:
-    """GenEval over the shapes world. Measures: the judge's verdict, the reward detector's, and their gap."""
+    """The shapes world: is exactly what a prompt asks for in the picture, and nothing else?
+
+    Measures: "strict", the judge's verdict by the strict rule, with nothing left over beside the objects; "official",
+    its verdict by GenEval's rule, which lets other objects pass; "reward", the reward's own strict verdict; their gap.
+    """
 
     split: str
     judge: Judge = field(default_factory=Judge)
-    primary = "judge"
-    bounds = (0.0, 1.0)
+    primary = "strict"
+    bounds = {**dict.fromkeys(("strict", "official", "reward"), SHARE), "reward - judge": GAP}
 
     def __post_init__(self):
         self.name = f"shapes/{self.split}"
@@ -93,10 +109,16 @@ class ShapesSuite:
         self.fingerprint = self.judge.fingerprint
 
     def score(self, images: list[np.ndarray], prompts: list[Prompt]) -> Rows:
-        judged = self.judge(images)
-        judge = [float(score(p.metadata, o).correct) for p, o in zip(prompts, judged, strict=True)]
-        reward = [float(score(p.metadata, reward_objects(i)).correct) for p, i in zip(prompts, images, strict=True)]
-        return {"judge": judge, "reward": reward, "reward - judge": [r - j for r, j in zip(reward, judge, strict=True)]}
+        distinct = {id(image): image for image in images}
+        found = dict(zip(distinct, self.judge(list(distinct.values())), strict=True))
+        judged = [(image, prompt, found[id(image)]) for image, prompt in zip(images, prompts, strict=True)]
+        rows = {
+            "strict": [float(is_exactly(p.metadata, i, objects)) for i, p, objects in judged],
+            "official": [float(score(p.metadata, objects).correct) for _, p, objects in judged],
+            "reward": reward_verdicts(images, prompts),
+        }
+        gap = [r - s for r, s in zip(rows["reward"], rows["strict"], strict=True)]
+        return {**rows, "reward - judge": gap}
 
     def truth(self, prompt: Prompt, size: tuple[int, int]) -> np.ndarray:
         return shapes_world.render(prompt.metadata, generator(prompt, "truth"), size)
@@ -113,6 +135,9 @@ class ShapesSuite:
     def sources(self, prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray]:
         return []
 
+    def constants(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        return {rule: best_constant(self.split, rule, size) for rule in RULES}
+
 
 @dataclass
 class GenEvalSuite:
@@ -122,7 +147,7 @@ class GenEvalSuite:
     detector: "GenEvalDetector"
     name = "geneval"
     primary = "geneval"
-    bounds = (0.0, 1.0)
+    bounds = {"geneval": SHARE}
 
     def __post_init__(self):
         self.fingerprint = self.detector.fingerprint
@@ -140,6 +165,9 @@ class GenEvalSuite:
     def sources(self, prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray]:
         return []
 
+    def constants(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        return {}
+
 
 @dataclass
 class TextSuite:
@@ -148,7 +176,7 @@ class TextSuite:
     prompts: list[Prompt]
     name: str = "text"
     primary = "accuracy"
-    bounds = (0.0, 1.0)
+    bounds = {**dict.fromkeys(("accuracy", "similarity", "reward accuracy"), SHARE), "reward - judge": GAP}
 
     def __post_init__(self):
         self.engine = Tesseract(tuple(sorted({p.metadata["language"] for p in self.prompts})))
@@ -178,6 +206,9 @@ class TextSuite:
 
     def sources(self, prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray]:
         return []
+
+    def constants(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        return {}
 
 
 def _typeset(prompt: Prompt, size: tuple[int, int]) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """A small validation that trainers call on their moving average: a few frozen prompts, judged at once."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -32,18 +33,31 @@ class ShapesValidation:
     def score(self, images: list[np.ndarray]) -> dict[str, float]:
         """Judge the uint8 pictures [h, w, 3] of all texts.
 
-        Returns {"judge", "judge_low", "judge_high"} (mean over tags with its 95 % interval, clustered by prompt),
-        {"reward"} (the same by the reward's detector) and {"judge/TAG"}.
+        Returns {"strict", "strict_low", "strict_high"} (the judge's strict verdicts: mean over tags with its 95 %
+        interval, clustered by prompt), {"strict_floor"} (of the best constant picture), the same for "official",
+        GenEval's rule, {"reward"} (by the reward's detector) and {"strict/TAG"}.
         """
         rows = self._suite.score(images, self._prompts)
         names, strata = [p.id for p in self._prompts], [p.stratum for p in self._prompts]
-        judged = estimate(Scores(rows["judge"], names, strata), self._suite.bounds)
-        result = {"judge": judged.value, "judge_low": judged.low, "judge_high": judged.high}
-        result["reward"] = estimate(Scores(rows["reward"], names, strata), self._suite.bounds).value
+        size, result = images[0].shape[:2], {}
+        for rule in ("strict", "official"):
+            judged = estimate(Scores(rows[rule], names, strata), self._suite.bounds[rule])
+            result |= {rule: judged.value, f"{rule}_low": judged.low, f"{rule}_high": judged.high}
+            result[f"{rule}_floor"] = _floor(self._suite.split, rule, len(set(names)), size)
+        result["reward"] = estimate(Scores(rows["reward"], names, strata), self._suite.bounds["reward"]).value
         for tag in dict.fromkeys(strata):
-            values = [v for v, s in zip(rows["judge"], strata, strict=True) if s == tag]
-            result[f"judge/{tag}"] = sum(values) / len(values)
+            values = [v for v, s in zip(rows["strict"], strata, strict=True) if s == tag]
+            result[f"strict/{tag}"] = sum(values) / len(values)
         return result
+
+
+@functools.cache
+def _floor(split: str, rule: str, n: int, size: tuple[int, int]) -> float:
+    """What the best constant picture gets on the first `n` prompts."""
+    suite = ShapesSuite(split)
+    prompts = suite.prompts[:n]
+    values = suite.score([suite.constants(size)[rule]] * n, prompts)[rule]
+    return estimate(Scores(values, [p.id for p in prompts], [p.stratum for p in prompts])).value
 
 
 def score(

@@ -6,8 +6,8 @@
     imgedit    FOLDER/basic_edit.json, FOLDER/prompts.json (what to ask by edit type), pictures beside them: ratings
     gedit      FILE.jsonl {"key", "task_type", "instruction", "input_image"}, pictures beside it: two ratings
 
-A question set becomes metadata {"questions": [{"id", "text", "parents"}]}, a rating {"ask": [...], "scale": [low,
-high], "combine"}, an edit also {"image": path}.
+A question set becomes metadata {"questions": [{"id", "text", "parents"}]}, a rating {"ask": [{"text", "ratings":
+[name, ...]}], "scale": [low, high], "combine"}, an edit also {"image": path}.
 """
 
 import csv
@@ -22,16 +22,19 @@ ONEIG_CATEGORIES = {"anime": "Anime_Stylization", "human": "Portrait", "object":
 
 ALIGNMENT = (
     'A picture was made for the prompt "{prompt}". How well does it show what the prompt asks for: every object, their '
-    "numbers, attributes, relations, and any text? Answer with one number from 1 (not at all) to 5 (entirely)."
+    "numbers, attributes, relations, and any text? Rate the alignment from 1 (not at all) to 5 (entirely)."
 )
 EDIT_SUCCESS = (
-    'The second picture is the first one edited by the instruction "{prompt}". From 0 to 10: how far is the '
-    "instruction carried out, and how far is everything else left as it was? Answer with two numbers."
+    'The second picture is the first one edited by the instruction "{prompt}". Rate from 0 to 10 the success (how far '
+    "is the instruction carried out?) and the preservation (how far is everything else left as it was?)."
 )
 EDIT_QUALITY = (
-    "Look at the second picture alone. From 0 to 10: how natural is it (light, perspective, composition), and how free "
-    "of artifacts (blur, distortion, seams)? Answer with two numbers."
+    "Look at the second picture alone. Rate from 0 to 10 its naturalness (light, perspective, composition) and its "
+    "cleanness (how free is it of artifacts: blur, distortion, seams?)."
 )
+IMGEDIT_RATINGS = ["first", "second", "third"]
+"""ImgEdit's own words ask for three ratings, whose names depend on the kind of edit."""
+IMGEDIT_ORDER = " Give the three ratings in the order in which they were described, and no reasoning."
 
 
 def vlm_prompts(kind: str, path: Path | None) -> list[Prompt]:
@@ -89,7 +92,7 @@ def _oneig(folder: Path) -> list[Prompt]:
 
 def _drawbench(file: Path) -> list[Prompt]:
     return [
-        Prompt(f"drawbench/{i:03d}", row["Prompts"], row["Category"], _rating(1, 5, ALIGNMENT))
+        Prompt(f"drawbench/{i:03d}", row["Prompts"], row["Category"], _rating(1, 5, (ALIGNMENT, ["alignment"])))
         for i, row in enumerate(_rows(file))
     ]
 
@@ -99,7 +102,10 @@ def _imgedit(folder: Path) -> list[Prompt]:
     prompts = []
     for key, item in _json(folder / "basic_edit.json").items():
         ask = asks[item["edit_type"]].replace("{", "{{").replace("}", "}}").replace("<edit_prompt>", "{prompt}")
-        metadata = {**_rating(1, 5, ask), "image": str(_picture(folder / item["id"]))}
+        metadata = {
+            **_rating(1, 5, (ask + IMGEDIT_ORDER, IMGEDIT_RATINGS)),
+            "image": str(_picture(folder / item["id"])),
+        }
         prompts.append(Prompt(f"imgedit/{key}", item["prompt"], item["edit_type"], metadata))
     return prompts
 
@@ -108,7 +114,7 @@ def _gedit(file: Path) -> list[Prompt]:
     prompts = []
     for row in read_json_lines(file, ("key", "task_type", "instruction", "input_image")):
         metadata = {
-            **_rating(0, 10, EDIT_SUCCESS, EDIT_QUALITY),
+            **_rating(0, 10, (EDIT_SUCCESS, ["success", "preservation"]), (EDIT_QUALITY, ["naturalness", "cleanness"])),
             "image": str(_picture(file.parent / row["input_image"])),
         }
         metadata["combine"] = "geometric mean of minima"
@@ -116,8 +122,9 @@ def _gedit(file: Path) -> list[Prompt]:
     return prompts
 
 
-def _rating(low: int, high: int, *ask: str) -> dict[str, Any]:
-    return {"ask": list(ask), "scale": [low, high], "combine": "mean"}
+def _rating(low: int, high: int, *asks: tuple[str, list[str]]) -> dict[str, Any]:
+    ask = [{"text": text, "ratings": names} for text, names in asks]
+    return {"ask": ask, "scale": [low, high], "combine": "mean"}
 
 
 def _picture(path: Path) -> Path:

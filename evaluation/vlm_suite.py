@@ -1,32 +1,38 @@
 """Pictures judged by a vision-language model: questions answered yes or no, or ratings on a scale.
 
 Questions as in DPG-Bench (arXiv 2403.05135): a yes counts only if all that it presupposes is also answered yes. Ratings
-are the numbers in the answer, brought to [0, 1]; GEdit's is sqrt(min of one answer x min of the other), as VIEScore
-(arXiv 2312.14867). An answer that can't be read is asked for again; a picture is never left out.
+are brought to [0, 1]; GEdit's is sqrt(min of one answer x min of the other), as VIEScore (arXiv 2312.14867). Answers
+are JSON of a given form; one in any other form is asked for again, never guessed at; a picture is never left out.
 """
 
+import json
 import math
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from command_line import UserError
 from evaluation.prompts import Prompt
-from evaluation.suites import Rows
+from evaluation.suites import SHARE, Rows
 from vlm.server import ChatServer
 
 READINGS = 3
 """Times that an answer is asked for until it can be read."""
-YES_NO = "{question} Answer with one word: yes or no."
+YES_NO = ' Answer with nothing but JSON: {"answer": "yes"} or {"answer": "no"}.'
+RATINGS = " Answer with nothing but JSON, each NUMBER from {low} to {high}: {form}"
+AGAIN = " (You answered {answer!r}, which isn't that JSON alone. Answer again.)"
+T = TypeVar("T")
 
 
 class VLMSuite:
     """One of the prompt sets of vlm_prompts.py, judged through a server."""
 
     primary = "rating"
-    bounds = (0.0, 1.0)
+    bounds = {"rating": SHARE}
 
     def __init__(self, name: str, prompts: list[Prompt], server: ChatServer):
         self.name, self.prompts, self.server = name, prompts, server
@@ -49,6 +55,9 @@ class VLMSuite:
         path = prompt.metadata.get("image")
         return [] if path is None else [np.array(Image.open(Path(path)).convert("RGB"))]
 
+    def constants(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        return {}
+
     def _rate(self, image: np.ndarray, prompt: Prompt) -> float:
         if "questions" in prompt.metadata:
             asked = prompt.metadata["questions"]
@@ -56,22 +65,26 @@ class VLMSuite:
             return with_parents(answers, {q["id"]: q["parents"] for q in asked})
         low, high = prompt.metadata["scale"]
         shown = [*self.sources(prompt, image.shape[:2]), image]
-        groups = [self._numbers(ask.format(prompt=prompt.text), shown, low, high) for ask in prompt.metadata["ask"]]
+        groups = []
+        for ask in prompt.metadata["ask"]:
+            form = "{" + ", ".join(f'"{name}": NUMBER' for name in ask["ratings"]) + "}"
+            question = ask["text"].format(prompt=prompt.text) + RATINGS.format(low=low, high=high, form=form)
+            read = partial(read_ratings, names=ask["ratings"], low=low, high=high)
+            groups.append(self._ask(question, shown, read))
         return combine(groups, prompt.metadata["combine"], low, high)
 
     def _yes(self, question: str, image: np.ndarray) -> bool:
-        for _ in range(READINGS):
-            answer = self.server.ask(YES_NO.format(question=question), [image])
-            if found := re.search(r"\b(yes|no)\b", answer.lower()):
-                return found[1] == "yes"
-        raise UserError(f"the judge answers neither yes nor no to {question!r}: {answer[:100]!r}")
+        return self._ask(question + YES_NO, [image], read_yes)
 
-    def _numbers(self, ask: str, images: list[np.ndarray], low: float, high: float) -> list[float]:
+    def _ask(self, question: str, images: list[np.ndarray], read: Callable[[str], T | None]) -> T:
+        """The answer, read; asked for again with a complaint, since the same question gets the same answer."""
+        complaint = ""
         for _ in range(READINGS):
-            answer = self.server.ask(ask, images)
-            if numbers := read_numbers(answer, low, high):
-                return numbers
-        raise UserError(f"the judge gives no number from {low} to {high}: {answer[:100]!r}")
+            answer = self.server.ask(question + complaint, images)
+            if (found := read(answer)) is not None:
+                return found
+            complaint = AGAIN.format(answer=answer[:100])
+        raise UserError(f"the judge doesn't answer {question[:200]!r} in the form asked for: {answer[:100]!r}")
 
 
 def with_parents(answers: dict[int, bool], parents: dict[int, list[int]]) -> float:
@@ -80,11 +93,34 @@ def with_parents(answers: dict[int, bool], parents: dict[int, list[int]]) -> flo
     return sum(held) / len(held)
 
 
-def read_numbers(answer: str, low: float, high: float) -> list[float]:
-    """Numbers of an answer that lie on the scale; where some stand after a colon or alone on a line, only those."""
-    pattern = r"(?:^|:)\s*\**\s*(\d+(?:\.\d+)?)\s*\**\s*(?=$|/|[.,;\n])"
-    found = re.findall(pattern, answer, re.MULTILINE) or re.findall(r"(?<![\d./])\d+(?:\.\d+)?", answer)
-    return [value for value in map(float, found) if low <= value <= high]
+def read_yes(answer: str) -> bool | None:
+    """Whether an answer is {"answer": "yes"} or {"answer": "no"}; None for anything else."""
+    said = read_json(answer)
+    return {'{"answer": "yes"}': True, '{"answer": "no"}': False}.get(json.dumps(said))
+
+
+def read_ratings(answer: str, names: Sequence[str], low: float, high: float) -> list[float] | None:
+    """The ratings of an answer {name: number from low to high, ...}, by name; None for anything else."""
+    said = read_json(answer)
+    numbers = [said.get(name) for name in names]
+    right = all(type(v) in (int, float) and low <= v <= high for v in numbers)
+    return [float(v) for v in numbers] if right and set(said) == set(names) else None
+
+
+def read_json(answer: str) -> dict[str, Any]:
+    """The one JSON object that an answer is, alone or in a fence; {} for anything else."""
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", answer.strip(), re.DOTALL)
+    try:
+        found = json.loads(fenced[1] if fenced else answer, object_pairs_hook=_no_name_twice)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name comes twice")
+    return dict(pairs)
 
 
 def combine(groups: list[list[float]], how: str, low: float, high: float) -> float:

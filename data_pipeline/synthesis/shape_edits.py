@@ -1,5 +1,7 @@
 """Edits in the shapes world: recolour, move, remove or add one shape."""
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +19,7 @@ ZONES = {
     "lower right corner": (1, 1),
 }
 """Quarters of the picture: (row, column)."""
+HELD_OUT_SHARE = 0.1
 _CHINESE = dict(
     zip(
         (*world.COLORS, *world.SHAPES, *ZONES),
@@ -27,16 +30,33 @@ _CHINESE = dict(
 
 
 def draw_edit(rng: np.random.Generator, side: int) -> Edit:
-    """A picture of two or three different shapes, and the same picture with one of them edited.
+    """A picture of two or three different shapes, and the same picture with one of them edited, for training.
 
-    Neither shows a pair of colour and shape that is held out of training.
+    Neither shows a pair of colour and shape that is held out of training, nor a set of objects that is.
     """
+    return _draw(rng, False, lambda: draw_size(rng, side, lambda h, w: max(h, w) <= 2 * min(h, w) and min(h, w) >= 32))
+
+
+def draw_held_out_edit(rng: np.random.Generator, size: tuple[int, int]) -> Edit:
+    """An edit to measure with: a picture of `size` (h, w) with a set of objects that no training edit shows."""
+    return _draw(rng, True, lambda: size)
+
+
+def is_held_out(objects: list[Placed]) -> bool:
+    """Whether training edits don't show these objects together: a tenth of all sets of two or more, by a hash."""
+    digest = hashlib.sha256(" and ".join(sorted(map(_name, objects))).encode()).digest()
+    return len(objects) > 1 and int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+def _draw(rng: np.random.Generator, held_out: bool, new_size: Callable[[], tuple[int, int]]) -> Edit:
     operation = OPERATIONS[rng.integers(len(OPERATIONS))]
     while True:
-        size = draw_size(rng, side, lambda h, w: max(h, w) <= 2 * min(h, w) and min(h, w) >= 32)
+        size = new_size()
         objects = _draw_objects(rng, size)
+        if is_held_out(objects) != held_out:
+            continue
         edited = _edit(rng, operation, objects, size)
-        if edited is not None:
+        if edited is not None and (held_out or not is_held_out(edited[0])):
             break
     after, english, chinese = edited
     name = list(world.BACKGROUNDS)[rng.integers(len(world.BACKGROUNDS))]

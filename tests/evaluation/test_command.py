@@ -65,8 +65,8 @@ def test_a_run_and_its_export_get_the_same_scores(models, tmp_path):
     one, two = (v["suites"] for k, v in found.items() if "-vs-" not in k)
     assert one == two
     (between,) = (v for k, v in found.items() if "-vs-" in k)
-    judge = between["differences"][names[1]]["shapes/validation"]["judge"]
-    assert judge["value"] == 0 and not judge["significant"]
+    strict = between["differences"][names[1]]["shapes/validation"]["strict"]
+    assert strict["value"] == 0 and not strict["significant"]
     first, second = (sorted(p.glob("*.png")) for p in sorted((tmp_path / "cache").iterdir()))
     assert len(first) == len(second) == 12
     for a, b in zip(first, second, strict=True):

@@ -59,7 +59,7 @@ def test_pictures_are_labelled_blind_and_compared(evaluation, tmp_path, capsys):
     (output / "labels.json").write_text(json.dumps(labels))
     main(LabelConfig(output=output, labels=output / "labels.json"))
     out = capsys.readouterr().out
-    assert "14 labelled" in out and out.count("agrees on 1.000") == 2
+    assert "14 labelled" in out and out.count("agrees on 1.000") == 3
 
 
 def test_bad_labels_are_named(evaluation, tmp_path):

@@ -186,6 +186,20 @@ def test_fid_and_kid_are_those_of_the_features(tmp_path):
     assert same["kid"]["value"] < found["kid"]["value"] / 5
 
 
+def test_the_interval_of_kid_is_as_wide_as_it_scatters(tmp_path):
+    pytest.importorskip("torchmetrics")
+    torch.jit.script(FakeInception()).save(str(tmp_path / "inception.pt"))
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(16):
+        real = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(40)]
+        drawn = [rng.integers(100, 256, (8, 8, 3), np.uint8) for _ in range(40)]
+        found.append(distances(drawn, real, tmp_path / "inception.pt", "cpu")["kid"])
+    scatter = np.std([f["value"] for f in found], ddof=1)
+    told = np.mean([(f["high"] - f["low"]) / 2 / 1.96 for f in found])
+    assert 0.6 < told / scatter < 1.7
+
+
 def test_fid_says_what_is_missing(tmp_path):
     pytest.importorskip("torchmetrics")
     with pytest.raises(UserError, match="no Inception network"):
@@ -194,5 +208,5 @@ def test_fid_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="no TorchScript"):
         distances([], [], tmp_path / "x.pt", "cpu")
     torch.jit.script(FakeInception()).save(str(tmp_path / "x.pt"))
-    with pytest.raises(UserError, match="two pictures"):
+    with pytest.raises(UserError, match="four pictures"):
         distances(pictures(1), pictures(3), tmp_path / "x.pt", "cpu")

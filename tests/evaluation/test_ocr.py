@@ -1,11 +1,13 @@
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from command_line import UserError
+from data_pipeline import synthesis
 from evaluation import ocr
 from evaluation.ocr import Tesseract, found_share, score_text, similarity, units
 from evaluation.text_prompts import text_prompts
@@ -75,6 +77,24 @@ def test_embedded_prompts_quote_what_they_want():
     assert kinds == {"words-en", "long-en", "long-zh", "character-1", "character-2", "character-3"}
     assert all(t in p.text for p in prompts for t in p.metadata["text"])
     assert len({p.id for p in prompts}) == len(prompts) == 96
+
+
+def test_no_training_page_shows_the_words_that_are_asked_for():
+    """Single characters aside: they are what is learned."""
+
+    def words(text, language):
+        return " " + (" ".join(units(text, "en")) if language == "en" else "".join(units(text, "zh"))) + " "
+
+    folder = Path(synthesis.__file__).parent
+    files = [*folder.glob("corpus/*.txt"), *folder.glob("**/*.toml")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(files) > 15 and len(lines) > 1000
+    shown = {language: [words(line, language) for line in lines] for language in ("en", "zh")}
+    for prompt in text_prompts(None):
+        language = prompt.metadata["language"]
+        for text in prompt.metadata["text"] if prompt.metadata["protocol"] != "character" else ():
+            wanted = words(text, language) if language == "en" else words(text, language).strip()
+            assert not [line for line in shown[language] if wanted in line], text
 
 
 def test_published_formats_are_read(tmp_path):

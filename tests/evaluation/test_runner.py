@@ -35,7 +35,7 @@ class Maker:
 
 
 class Brightness:
-    name, primary, bounds, fingerprint = "brightness", "light", (0.0, 1.0), "1"
+    name, primary, bounds, fingerprint = "brightness", "light", {"light": (0.0, 1.0)}, "1"
 
     def __init__(self, n=20):
         self.prompts = [Prompt(f"b/{i:02d}", f"prompt {i}", "odd" if i % 2 else "even", {}) for i in range(n)]
@@ -51,6 +51,9 @@ class Brightness:
 
     def sources(self, prompt, size):
         return []
+
+    def constants(self, size):
+        return {}
 
 
 def new_run(cache, maker, suite=None, sampling=SAMPLING, source="a"):
@@ -140,6 +143,36 @@ def test_comparison_is_paired(tmp_path):
     assert light["value"] == pytest.approx(0.01, abs=0.003) and light["significant"]
     assert light["high"] - light["low"] < 0.002
     assert not comparison(a, a)["light"]["significant"]
+
+
+def test_what_is_significant_is_corrected_over_measures_and_over_kinds(tmp_path, monkeypatch):
+    a, b = (done(new_run(tmp_path, Maker(skill), source=str(skill))) for skill in (0.0, 0.01))
+    p_values = {"light": 0.03, "diversity": 0.04}
+    monkeypatch.setattr(
+        "evaluation.report.p_value", lambda a, b, paired, bounds: p_values["light" if bounds else "diversity"]
+    )
+    table = comparison(a, b)
+    assert table["light"]["p"] == table["diversity"]["p"] == pytest.approx(0.06)
+    assert not table["light"]["significant"] and not table["light"]["by kind"]["odd"]["significant"]
+    assert table["light"]["by kind"]["odd"]["p"] == pytest.approx(0.12)
+    p_values["diversity"] = 0.5
+    assert not comparison(a, b)["light"]["significant"]
+    p_values["light"] = 0.01
+    assert comparison(a, b)["light"]["significant"]
+
+
+def test_the_best_constant_picture_is_the_floor_of_its_own_measure(tmp_path):
+    class WithConstant(Brightness):
+        def score(self, images, prompts):
+            light = [float(i.mean()) / 255 for i in images]
+            return {"light": light, "dark": [1 - v for v in light]}
+
+        def constants(self, size):
+            return {"light": np.full((*size, 3), 255, np.uint8), "dark": np.zeros((*size, 3), np.uint8)}
+
+    table = summary(done(new_run(tmp_path, Maker(), suite=WithConstant())))["scores"]
+    assert table["light"]["constant"]["value"] == table["dark"]["constant"]["value"] == 1
+    assert table["light"]["constant"]["n"] == 20 and table["diversity"]["constant"] is None
 
 
 def test_files_are_written_and_valid(tmp_path):

@@ -65,7 +65,7 @@ def test_it_is_validated_as_a_training_run_is(tmp_path):
     ValidationHook(1, run, Painter(), ShapesValidation(n=24), side_px=64)(engine=None, step=7)
     run.close()
     scores = json.loads((tmp_path / "validation.jsonl").read_text())
-    assert scores["step"] == 7 and scores["judge"] >= 0.9 and scores["reward"] >= 0.9
+    assert scores["step"] == 7 and scores["strict"] >= 0.9 and scores["reward"] >= 0.9
 
 
 def test_it_is_evaluated_beside_its_controls(tmp_path):
@@ -74,8 +74,8 @@ def test_it_is_evaluated_beside_its_controls(tmp_path):
     run = SuiteRun(source, suite, suite.prompts[:12], Sampling(64, 64, 0, 1.0, 2, 0), tmp_path)
     run.work(0, 1, lambda n: None)
     scores = summary(Result(run, run.read()))["scores"]
-    assert scores["judge"]["value"] >= 0.9 and scores["judge"]["n"] == 24
-    assert scores["judge"]["blank"]["value"] == 0 and scores["judge"]["ceiling"] is None
+    assert scores["strict"]["value"] >= 0.9 and scores["strict"]["n"] == 24
+    assert scores["strict"]["blank"]["value"] == 0 and scores["strict"]["ceiling"] is None
     assert len(list(run.drawn())) == 24
 
 

@@ -41,7 +41,7 @@ def test_two_processes_share_the_pictures_of_one(components, init, tmp_path):
         assert np.abs(pictures.astype(int) - alone).max() <= 1
     assert len(np.unique(alone.reshape(5, -1), axis=0)) == 5
     rows = [json.loads((tmp_path / name / "validation.jsonl").read_text()) for name in ("one", "two")]
-    assert rows[0] == rows[1] and rows[0]["judge"] == 0
+    assert rows[0] == rows[1] and rows[0]["strict"] == 0
 
 
 def test_a_resumed_run_validates_no_step_twice(components, init, tmp_path):
@@ -52,7 +52,7 @@ def test_a_resumed_run_validates_no_step_twice(components, init, tmp_path):
 
     assert run(1) == [1]
     with (tmp_path / "grpo" / "validation.jsonl").open("a") as file:
-        file.write('{"step": 9, "judge": 1.0}\n')  # of a run that died before it saved step 9
+        file.write('{"step": 9, "strict": 1.0}\n')  # of a run that died before it saved step 9
     assert run(2) == [1, 2]
 
 

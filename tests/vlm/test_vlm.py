@@ -10,7 +10,7 @@ from PIL import Image
 
 from command_line import UserError
 from evaluation.vlm_prompts import vlm_prompts
-from evaluation.vlm_suite import VLMSuite, combine, read_numbers, with_parents
+from evaluation.vlm_suite import VLMSuite, combine, read_ratings, read_yes, with_parents
 from vlm import server as vlm_server
 from vlm.server import ChatServer, ServerConfig
 
@@ -86,11 +86,14 @@ def test_questions_count_with_what_they_presuppose(server, tmp_path):
     )
     prompts = vlm_prompts("dpg", tmp_path)
     assert [p.text for p in prompts] == ["A red cat, asleep"]
-    server.replies += ["Yes.", "perhaps", "No, it is blue.", "YES"]
+    yes, no = '{"answer": "yes"}', '{"answer": "no"}'
+    server.replies += [yes, "No doubt: yes.", no, yes]
     suite = VLMSuite("dpg", prompts, chat(server))
     assert suite.score([PICTURE], prompts) == {"rating": [pytest.approx(1 / 3)]}
+    first, again = (asked["messages"][0]["content"][-1]["text"] for asked in server.asked[1:3])
+    assert again.startswith(first) and "No doubt: yes." in again and '{"answer": "yes"}' in first
     server.replies += ["maybe"] * 3
-    with pytest.raises(UserError, match="neither yes nor no"):
+    with pytest.raises(UserError, match="doesn't answer 'Is there a cat.*in the form asked for: 'maybe'"):
         suite.score([PICTURE], prompts)
     assert with_parents({1: False, 2: True, 3: True}, {1: [], 2: [1], 3: [2]}) == pytest.approx(1 / 3)
 
@@ -99,14 +102,14 @@ def test_ratings_of_pictures_and_edits(server, tmp_path):
     (tmp_path / "draw.csv").write_text("Prompts,Category\nA green cup,Colors\nTwo dogs,Counting\n")
     prompts = vlm_prompts("drawbench", tmp_path / "draw.csv")
     assert [p.stratum for p in prompts] == ["Colors", "Counting"]
-    server.replies += ["5", "I would say 2."]
+    server.replies += ['{"alignment": 5}', "I would say 2.", '```json\n{"alignment": 2}\n```']
     assert VLMSuite("drawbench", prompts, chat(server)).score([PICTURE] * 2, prompts) == {"rating": [1.0, 0.25]}
 
     Image.fromarray(PICTURE).save(tmp_path / "in.png")
     row = {"key": "k", "task_type": "color", "instruction": "make it red", "input_image": "in.png"}
     (tmp_path / "gedit.jsonl").write_text(json.dumps(row))
     edits = vlm_prompts("gedit", tmp_path / "gedit.jsonl")
-    server.replies += ["8, 10", "Naturalness: 5\nArtifacts: 2"]
+    server.replies += ['{"success": 8, "preservation": 10}', '{"naturalness": 5, "cleanness": 2}']
     suite = VLMSuite("gedit", edits, chat(server))
     assert suite.score([PICTURE], edits)["rating"][0] == pytest.approx((0.8 * 0.2) ** 0.5)
     assert suite.sources(edits[0], (8, 8))[0].shape == (8, 8, 3)
@@ -117,9 +120,12 @@ def test_ratings_of_pictures_and_edits(server, tmp_path):
     )
     (tmp_path / "prompts.json").write_text(json.dumps({"add": "Rate {all}: <edit_prompt>"}))
     (imgedit,) = vlm_prompts("imgedit", tmp_path)
-    server.replies += ["Brief reasoning: 3 things.\nCompliance: 5\nSeamlessness: 4\nFidelity: 3"]
+    compliance = "Brief reasoning: 3 things.\nCompliance: 5\nSeamlessness: 4\nFidelity: 3"
+    server.replies += [compliance, '{"first": 5, "second": 4, "third": 3}']
     assert VLMSuite("imgedit", [imgedit], chat(server)).score([PICTURE], [imgedit])["rating"] == [0.75]
-    assert server.asked[-1]["messages"][0]["content"][-1]["text"] == "Rate {all}: add {x}"
+    asked = server.asked[-2]["messages"][0]["content"][-1]["text"]
+    assert asked.startswith("Rate {all}: add {x} Give the three ratings in the order")
+    assert asked.endswith('each NUMBER from 1 to 5: {"first": NUMBER, "second": NUMBER, "third": NUMBER}')
 
 
 def test_oneig_is_read(tmp_path):
@@ -146,18 +152,41 @@ def test_bad_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "answer, numbers",
+    "answer, ratings",
     [
-        ("4", [4]),
-        ("4/5", [4]),
-        ("Score: 3.5", [3.5]),
-        ("**Quality:** 2\n**Edit:** 4", [2, 4]),
-        ("9, 7", []),
-        ("none", []),
+        ('{"success": 9, "preservation": 8}', [9, 8]),
+        (' {"preservation": 8.5, "success": 0}\n', [0, 8.5]),
+        ('```\n{"success": 9, "preservation": 8}\n```', [9, 8]),
+        ("9, 8", None),
+        ("4 out of 5", None),
+        ("1. Success: 9\n2. Preservation: 8", None),
+        ("[9, 8]", None),
+        ('{"success": 9}', None),
+        ('{"success": 9, "preservation": 8, "style": 7}', None),
+        ('{"success": 9, "success": 9, "preservation": 8}', None),
+        ('{"success": "9", "preservation": 8}', None),
+        ('{"success": true, "preservation": 8}', None),
+        ('{"success": 11, "preservation": 8}', None),
+        ('{"success": NaN, "preservation": 8}', None),
+        ('I say {"success": 9, "preservation": 8}', None),
+        ('{"success": 9, "preservation": 8} of 10', None),
     ],
 )
-def test_numbers_on_the_scale(answer, numbers):
-    assert read_numbers(answer, 1, 5) == numbers
+def test_ratings_are_read_from_json_alone(answer, ratings):
+    assert read_ratings(answer, ["success", "preservation"], 0, 10) == ratings
+
+
+def test_yes_and_no_are_read_from_json_alone():
+    assert read_yes('{"answer": "yes"}') is True and read_yes('{"answer":"no"}') is False
+    for answer in (
+        "yes",
+        '{"answer": "Yes, if"}',
+        '{"answer": true}',
+        '{"answer": ["yes"]}',
+        '{"yes": "answer"}',
+        "[]",
+    ):
+        assert read_yes(answer) is None
 
 
 def test_combining():
