@@ -76,7 +76,7 @@ class Config:
 
 
 def _engine(lr: float, warmup: int, ema: float) -> EngineConfig:
-    optimizer = OptimizerConfig(lr, (0.9, 0.99), weight_decay=0.0, warmup_steps=warmup, schedule="cosine")
+    optimizer = OptimizerConfig(lr=lr, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=warmup, schedule="cosine")
     return EngineConfig(optimizer=optimizer, dtype="float32", ema_decay=ema)
 
 

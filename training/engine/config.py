@@ -23,11 +23,14 @@ class ParallelConfig:
             raise ValueError(f"tensor- and context-parallel sizes must be positive, got tp {self.tp}, cp {self.cp}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (none on biases and norms) and its learning-rate schedule."""
+    """AdamW with decoupled weight decay (none on biases and norms), Muon beside it, and the learning-rate schedule."""
 
     lr: float = 1e-4
+    muon_lr: float | None = None
+    """Learning rate of Muon for the matrices of the blocks, modulation aside; AdamW takes the rest. Default: AdamW for
+    all. Needs --tp 1."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.01
@@ -39,7 +42,7 @@ class OptimizerConfig:
     """Cosine schedule: the last step's learning rate as a fraction of `lr`."""
 
     def learning_rate(self, step: int, total_steps: int) -> float:
-        """Learning rate of update `step`, counted from 0."""
+        """Learning rate of update `step`, counted from 0; Muon's follows it in proportion."""
         from math import cos, pi
 
         if step < self.warmup_steps:

@@ -36,6 +36,9 @@ class Shards:
         """Whole fp32 tensors in the shape of this rank's parameters from all ranks' slices, one bucket at a time."""
         names = {param: name for name, param in self._trainable().items()}
         group = self.ddp.intra_dp_cp_group
+        if group.size() == 1:
+            yield from ((name, part.view(self.ddp.module.get_parameter(name).shape)) for name, part in slices.items())
+            return
         for buffer in self.ddp.buffers:
             for bucket in buffer.buckets:
                 whole = torch.zeros_like(bucket.grad_data, dtype=torch.float32)

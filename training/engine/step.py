@@ -23,7 +23,7 @@ from model.mmdit import MMDiT
 from model.ops import Ops, local_shard
 from training.algorithm import Algorithm
 from training.ema import ramped
-from training.engine import adam, checkpoint, device
+from training.engine import adam, checkpoint, device, muon
 from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig
 from training.engine.frozen import FrozenPolicies
@@ -67,6 +67,8 @@ class Engine:
             prepare_blocks(self.model, config.compile, config.recompute)
             self._ddp, self.optimizer = self._wrap()
         self.shards = Shards(self._ddp, self.optimizer)
+        if config.optimizer.muon_lr is not None:
+            self.optimizer.optimizer.muon = muon.Muon(self.shards, self.dtype)
         self.frozen = FrozenPolicies(self.model, self.shards, self.dtype, ramped(config.ema_decay))
         self._saving = Saving(model_config, self.model, self.optimizer, self.shards, self.frozen.averages, layout)
         self.step_count = self.skipped = 0
@@ -135,7 +137,8 @@ class Engine:
         lr = settings.learning_rate(self.step_count, self.total_steps)
         for group in optimizer.param_groups:
             decay = settings.weight_decay * group["wd_mult"]
-            group.update(lr=lr, weight_decay=decay, betas=settings.betas, eps=settings.eps)
+            own = settings.muon_lr / settings.lr if group[muon.MARK] else 1.0
+            group.update(lr=own * lr, weight_decay=decay, betas=settings.betas, eps=settings.eps)
         with device.megatron_region():
             self._ddp.scale_gradients(1 / weight if weight else math.nan)
             optimizer.prepare_grads()
@@ -207,8 +210,10 @@ class Engine:
         device.stop()
 
     def _wrap(self) -> tuple[DistributedDataParallel, DistributedOptimizer]:
-        adam.install()
         settings, bf16 = self.config.optimizer, self.dtype == torch.bfloat16
+        if settings.muon_lr is not None and self.layout.tp_size > 1:
+            raise ValueError("Muon has no tensor-parallel form yet: train with --tp 1, or without --muon-lr")
+        adam.install(always=settings.muon_lr is not None)
         sharding = dict(use_distributed_optimizer=True)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=self.layout.dp_cp_group.size() > 1, **sharding
@@ -222,7 +227,8 @@ class Engine:
             adam_beta1=settings.betas[0], adam_beta2=settings.betas[1], adam_eps=settings.eps,
             bf16=bf16, params_dtype=self.dtype, **sharding,
         )  # fmt: skip
-        return ddp, get_megatron_optimizer(optimizer_config, [ddp]).chained_optimizers[0]
+        groups = None if settings.muon_lr is None else muon.own_group(optimizer_config)
+        return ddp, get_megatron_optimizer(optimizer_config, [ddp], groups).chained_optimizers[0]
 
 
 def moved(value: Any, device: torch.device) -> Any:
