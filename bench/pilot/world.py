@@ -4,9 +4,6 @@
 
 writes `latents.npy` (float16 [N, 16, h, w]) and `captions.json` ([[short, full], ...], the same sentence twice where
 nothing more may be said), and the same of `held-out` pictures, drawn from validation prompts.
-
-A full caption says what the picture shows: colours, the background and, where it is clear, the relation. It is left
-out wherever it, or what is left of it without colours or without the relation, is a prompt of a held-out split.
 """
 
 import json
@@ -21,11 +18,9 @@ import numpy as np
 try:
     from command_line import run
     from data_pipeline.synthesis import shapes_world as world
+    from data_pipeline.synthesis.full_captions import full_caption
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
-
-PAIRS = ("two_object", "position", "color_attr")
-"""Tags of prompts with two objects."""
 
 
 @dataclass(frozen=True)
@@ -43,54 +38,9 @@ class Config:
 def draw(rng: np.random.Generator, split: world.Split, side: int) -> tuple[np.ndarray, str, str]:
     """A picture of a prompt of `split`, its prompt and its full caption."""
     metadata = world.sample_prompt(rng, split)
-    name = metadata["background"] or list(world.BACKGROUNDS)[rng.integers(len(world.BACKGROUNDS))]
-    placed = world.layout(metadata, rng, (side, side))
-    picture = world.draw(placed, world._jitter(rng, world.BACKGROUNDS[name], 5), (side, side))
+    placed, name, background = world.arrange(metadata, rng, (side, side))
+    picture = world.draw(placed, background, (side, side))
     return picture, metadata["prompt"], full_caption(metadata, placed, name, rng)
-
-
-def full_caption(
-    metadata: dict[str, Any], placed: list[world.Placed], background: str, rng: np.random.Generator
-) -> str:
-    """The most that may be said of the picture (see above)."""
-    first, last = placed[0], placed[-1]
-    if metadata["tag"] in PAIRS:
-        a, b = (first, last) if rng.integers(2) else (last, first)
-        holding = [r for r in world.RELATIONS if world._relation_holds(a, b, r)]
-        nouns = [{"class": o.shape, "count": 1, "color": o.color} for o in (b, a)]
-        for named in (background, None):
-            for relation in (*holding, None):
-                if _allowed(nouns, relation, named):
-                    return _sentence(nouns, relation, named)
-        return metadata["prompt"]
-    noun = {"class": first.shape, "count": len(placed), "color": first.color}
-    for named in (background, None):
-        if _allowed([noun], None, named):
-            return _sentence([noun], None, named)
-    return metadata["prompt"]
-
-
-def _allowed(nouns: list[dict[str, Any]], relation: str | None, background: str | None) -> bool:
-    """Whether neither the caption nor its form without colours or without relation is a held-out prompt."""
-    bare = [{k: v for k, v in n.items() if k != "color"} for n in nouns]
-    if len(nouns) == 1:
-        counted = nouns[0]["count"] > 1
-        forms = [("counting" if counted else "single_object", bare)] + ([] if counted else [("colors", nouns)])
-    elif relation is None:
-        forms = [("two_object", bare), ("color_attr", nouns)]
-    else:
-        forms = [("position", [bare[0], bare[1] | {"position": [relation, 0]}]), ("color_attr", nouns)]
-    return all(
-        world.split_of({"tag": tag, "include": include, "background": background}) == "train" for tag, include in forms
-    )
-
-
-def _sentence(nouns: list[dict[str, Any]], relation: str | None, background: str | None) -> str:
-    if relation is not None:
-        nouns = [nouns[0], nouns[1] | {"position": [relation, 0]}]
-    return world.prompt_of(
-        {"tag": "position" if relation else "two_object", "include": nouns, "background": background}
-    )
 
 
 def write(out: Path, vae: Any, rng: np.random.Generator, split: world.Split, count: int, side: int) -> None:

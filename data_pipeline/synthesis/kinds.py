@@ -11,9 +11,13 @@ from data_pipeline.sample import RawSample
 from data_pipeline.synthesis import edits, layouts, photos, pure, scenes, shapes_world
 from data_pipeline.synthesis.corpus import read_corpus
 from data_pipeline.synthesis.fonts import file_hashes, find_faces
+from data_pipeline.synthesis.full_captions import full_caption
 from data_pipeline.synthesis.picture import Picture, draw_size, generator, to_sample
 from data_pipeline.synthesis.rare_characters import passages_showing_all, spread
 from data_pipeline.synthesis.templates import read_templates, template_files
+
+FULL_CAPTIONS = 0.5
+"""Share of shapes pictures whose caption says all, and not just what their prompt asks for."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ def _square_shapes(rng: np.random.Generator, side: int, sources: Sources, passag
 
 def _draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> Picture:
     metadata = shapes_world.sample_prompt(rng, "train")
-    return Picture(shapes_world.render(metadata, rng, size), metadata["prompt"], record={"geneval": metadata})
+    placed, name, background = shapes_world.arrange(metadata, rng, size)
+    caption = full_caption(metadata, placed, name, rng) if rng.random() < FULL_CAPTIONS else metadata["prompt"]
+    return Picture(shapes_world.draw(placed, background, size), caption, record={"geneval": metadata})
 
 
 def _photo(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:

@@ -203,7 +203,8 @@ def _color(rng: np.random.Generator, clause: Metadata) -> str:
     return allowed[rng.integers(len(allowed))]
 
 
-def _relation_holds(a: Placed, b: Placed, relation: str) -> bool:
+def relation_holds(a: Placed, b: Placed, relation: str) -> bool:
+    """Whether a is clearly "left of" (or so) b."""
     dx, dy = a.x - b.x, a.y - b.y
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     return along > 2 * abs(across) and along > 1.2 * (a.radius + b.radius)
@@ -230,7 +231,7 @@ def _place(
         apart = all(
             math.hypot(x - o.x, y - o.y) > radius * extent + o.radius * _EXTENT[o.shape] + 0.05 * side for o in others
         )
-        if apart and (target is None or _relation_holds(item, target, clause["position"][0])):
+        if apart and (target is None or relation_holds(item, target, clause["position"][0])):
             return item
     return None
 
@@ -274,8 +275,10 @@ def draw(objects: list[Placed], background: tuple[int, int, int], size: tuple[in
     return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def render(metadata: Metadata, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A true picture of `metadata`, uint8 [h, w, 3] RGB of `size` (h, w) pixels.
+def arrange(
+    metadata: Metadata, rng: np.random.Generator, size: tuple[int, int]
+) -> tuple[list[Placed], str, tuple[int, int, int]]:
+    """Shapes for a true picture of `metadata` of `size` (h, w) pixels, the background's name and its colour.
 
     Raises ValueError for sides under 32 px or ratios beyond 3:1.
     """
@@ -283,4 +286,10 @@ def render(metadata: Metadata, rng: np.random.Generator, size: tuple[int, int]) 
         raise ValueError(f"shapes need sides of at least 32 px and a ratio of at most 3:1, got {size[0]}x{size[1]}")
     name = metadata.get("background") or list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     background = _jitter(rng, BACKGROUNDS[name], 5)
-    return draw(layout(metadata, rng, size), background, size)
+    return layout(metadata, rng, size), name, background
+
+
+def render(metadata: Metadata, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """A true picture of `metadata`, uint8 [h, w, 3] RGB; see `arrange`."""
+    placed, _, background = arrange(metadata, rng, size)
+    return draw(placed, background, size)
