@@ -20,7 +20,10 @@ class Config:
     """Folder that holds vae/ and vae_video/."""
     out: Path = Path("runs/quick/components")
     seed: int = 0
-    """Seed of the text encoder's random weights."""
+    """Seed of the text encoder's weights."""
+    text_steps: int = 0
+    """Steps that the text encoder is trained for on captions of the shapes world (300: it understands them). 0 leaves
+    it random."""
 
 
 def main(config: Config) -> None:
@@ -31,6 +34,10 @@ def main(config: Config) -> None:
     temporary = config.out.with_name(f".tmp-{config.out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     write_tiny_components(temporary, config.seed)
+    if config.text_steps:
+        from demo.text_encoder import train_text_encoder
+
+        train_text_encoder(temporary, config.text_steps, config.seed)
     for part in ("vae", "vae_video"):
         if (config.vae / part).is_dir():
             shutil.copytree(config.vae / part, temporary / part)

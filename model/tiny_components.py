@@ -21,7 +21,7 @@ _SPLIT = (
 _WORDS = """ a an the one two three four five six and with of on in to is at above below left right next photo picture
  red green blue yellow orange purple pink brown black white gray cyan circle square triangle star circles squares
  triangles stars background color shape small large big paper sign page slide poster screen text that says reads
- make change replace remove add move sky cube table word title line""".replace("\n", "")
+ make change replace remove add move sky cube table word title line navy beige pale""".replace("\n", "")
 
 
 def write_tiny_components(folder: Path | str, seed: int = 0) -> None:
