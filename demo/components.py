@@ -1,4 +1,4 @@
-"""Put a components folder together for the demo: tiny text encoder, tokenizer, scheduler, and the VAE just trained.
+"""Put a components folder together: tiny text encoder, tokenizer, scheduler, and a VAE; or copy one that is there.
 
 A real Qwen-Image folder in diffusers layout is such a folder too.
 """
@@ -7,43 +7,71 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 try:
     from command_line import UserError, run
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
+VAES = ("vae", "vae_video")
+PARTS = ("tokenizer", "text_encoder", "processor", "scheduler")
+
 
 @dataclass(frozen=True)
 class Config:
     vae: Path = Path("runs/quick/image-decoder")
     """Folder that holds vae/ and vae_video/."""
+    copy: Path | None = None
+    """Take all parts from this components folder instead."""
     out: Path = Path("runs/quick/components")
     seed: int = 0
     """Seed of the text encoder's weights."""
     text_steps: int = 0
     """Steps that the text encoder is trained for on captions of the shapes world (300: it understands them). 0 leaves
     it random."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the files."""
 
 
 def main(config: Config) -> None:
-    if not (config.vae / "vae").is_dir():
-        raise UserError(f"{config.vae} holds no vae/; train one with `python vae/train.py --out {config.vae}`")
-    from model.tiny_components import write_tiny_components
-
+    source = config.copy or config.vae
+    if not (source / "vae").is_dir():
+        raise UserError(f"{source} holds no vae/; train one with `python vae/train.py --out {config.vae}`")
     temporary = config.out.with_name(f".tmp-{config.out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    write_tiny_components(temporary, config.seed)
-    if config.text_steps:
-        from demo.text_encoder import train_text_encoder
-
-        train_text_encoder(temporary, config.text_steps, config.seed)
-    for part in ("vae", "vae_video"):
-        if (config.vae / part).is_dir():
-            shutil.copytree(config.vae / part, temporary / part)
+    if config.copy is None:
+        make_text_encoder(config, temporary)
+    for part in VAES if config.copy is None else (*VAES, *PARTS):
+        if (source / part).is_dir():
+            shutil.copytree(source / part, temporary / part)
+    if config.dtype == "bfloat16":
+        to_bfloat16(temporary)
     shutil.rmtree(config.out, ignore_errors=True)
     os.replace(temporary, config.out)
     print(f"wrote {config.out}: {', '.join(sorted(p.name for p in config.out.iterdir()))}")
+
+
+def make_text_encoder(config: Config, folder: Path) -> None:
+    from model.tiny_components import write_tiny_components
+
+    write_tiny_components(folder, config.seed)
+    if config.text_steps:
+        from demo.text_encoder import train_text_encoder
+
+        train_text_encoder(folder, config.text_steps, config.seed)
+
+
+def to_bfloat16(folder: Path) -> None:
+    """Round the weights of all parts of a folder."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for path in folder.rglob("*.safetensors"):
+        rounded = {n: w.bfloat16() if w.dtype == torch.float32 else w for n, w in load_file(path).items()}
+        save_file(rounded, path, {"format": "pt"})
+    described = folder / "text_encoder" / "config.json"
+    described.write_text(described.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Literal
 
 try:
     from command_line import UserError, die_with_parent, run
-    from demo.recipes import RECIPES, Stage, stages
+    from demo.recipes import RECIPES, Stage, base_stages, stages
     from files import write_json
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
@@ -29,8 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Config:
-    recipe: Literal["quick", "demo"] = "quick"
-    """quick: 3 minutes on 2 cores, everything at toy length; demo: half an hour, long enough to learn something."""
+    recipe: Literal["quick", "demo", "base"] = "quick"
+    """quick: 3 minutes on 2 cores, everything at toy length; demo: half an hour, long enough to learn something; base:
+    make the networks that demo begins with, in half an hour, into OUT/base."""
     data: Path | None = None
     """A folder of your images with captions (.txt or .json beside each), or of webdataset tars; default: ours."""
     out: Path | None = None
@@ -113,7 +114,8 @@ def run_line(line: list[Stage], out: Path) -> None:
         write_json(marker, {"fingerprint": mark, "seconds": round(time.monotonic() - start, 1)})
         if stage.page:
             print(f"    open {stage.page}", flush=True)
-    print(f"\nfinished in {time.monotonic() - begin:.0f} s; open {out / 'report' / 'index.html'}", flush=True)
+    made = out / "base" if line[-1].page is None else line[-1].page
+    print(f"\nfinished in {time.monotonic() - begin:.0f} s; open {made}", flush=True)
 
 
 def lock(out: Path):
@@ -128,12 +130,11 @@ def lock(out: Path):
 
 
 def main(config: Config) -> None:
-    recipe = RECIPES[config.recipe]
     data = config.data.resolve() if config.data else None
     if data is not None and not data.exists():
         raise UserError(f"{config.data} does not exist; --data takes a folder of pictures with captions or of tars")
     out = config.out or Path("runs") / (config.recipe if data is None else f"{config.recipe}-{data.name}")
-    line = stages(recipe, out, data)
+    line = base_stages(out, out / "base") if config.recipe == "base" else stages(RECIPES[config.recipe], out, data)
     if config.dry_run:
         for number, stage in enumerate(line, 1):
             print(f"[{number}/{len(line)}] {stage.name}: {stage.purpose}\n    {shlex.join(['python', *stage.command])}")

@@ -45,7 +45,7 @@ def spread(samples: list, count: int) -> list:
 
 def reconstructions(line: Path, samples: list, count: int = 8, side: int = 144):
     """Rows: originals, image decoder, video decoder; or None before a VAE is there."""
-    folder = next((line / f for f in ("image-decoder", "vae") if (line / f / "vae").is_dir()), None)
+    folder = next((line / f for f in ("image-decoder", "vae", "components") if (line / f / "vae").is_dir()), None)
     if folder is None:
         return None
     import numpy as np
