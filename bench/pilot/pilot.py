@@ -282,10 +282,10 @@ class Pilot:
         """Token latents [n, Li, C] of captions by rows, by the project's sampler's rules."""
         import torch
 
-        from model.flow import schedule
+        from model.sampling.schedule import noise_levels
 
         n, half = len(rows), self.config.batch_size // 2
-        sigmas = schedule(self.config.sample_steps, self.tokens**2)
+        sigmas = noise_levels(self.config.sample_steps, self.tokens**2)
         noise = [torch.randn(16, self.tokens * 2, self.tokens * 2, generator=torch.Generator().manual_seed(seed + i))
                  for i in range(n)]  # fmt: skip
         drawn = []
@@ -431,27 +431,13 @@ def swap_colors(caption: str) -> str:
     return " ".join(words) + (f" on a {tail}" if tail else "")
 
 
-def strict(metadata: dict[str, Any], objects: dict[str, list]) -> bool:
-    """Whether the picture shows exactly what is asked for: right by GenEval's rule, and no other object."""
-    from evaluation.scoring import score
-
-    wanted: dict[str, int] = {}
-    for clause in metadata["include"]:
-        wanted[clause["class"]] = wanted.get(clause["class"], 0) + clause["count"]
-    return score(metadata, objects).correct and {k: len(v) for k, v in objects.items() if v} == wanted
-
-
 def verdicts(pictures: list[np.ndarray], prompts: list[Any]) -> dict[str, Any]:
     """The judge's official and strict verdicts with 95 % intervals, and both by tag."""
     from evaluation.intervals import Scores, estimate
-    from evaluation.judge import Judge
-    from evaluation.scoring import score
+    from evaluation.suites import ShapesSuite
 
-    objects = Judge()(pictures)
-    rows = {
-        "official": [float(score(p.metadata, o).correct) for p, o in zip(prompts, objects, strict=True)],
-        "strict": [float(strict(p.metadata, o)) for p, o in zip(prompts, objects, strict=True)],
-    }
+    scored = ShapesSuite("validation").score(pictures, prompts)
+    rows = {rule: scored[rule] for rule in ("strict", "official")}
     strata, out = [p.stratum for p in prompts], {"n": len(prompts)}
     for name, values in rows.items():
         e = estimate(Scores(values, [p.id for p in prompts], strata), (0.0, 1.0))

@@ -1,0 +1,29 @@
+"""The shipped components: whole, small, and good enough not to be what limits a model."""
+
+import numpy as np
+import pytest
+import torch
+
+from demo.recipes import BASE
+from evaluation.suites import ShapesSuite
+from model.conditioner import Conditioner
+from vae.autoencoder import VAE
+
+
+def test_they_are_small_and_whole():
+    assert sum(p.stat().st_size for p in BASE.rglob("*") if p.is_file()) < 5e6
+    conditioner, vae = Conditioner.from_folder(BASE), VAE.from_folder(BASE)
+    (hidden,) = conditioner.encode(["a red star above a blue circle"])
+    assert hidden.shape[-1] == 128 and vae.video_decoder is not None
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_true_pictures_survive_the_vae(side: int):
+    suite, vae = ShapesSuite("validation"), VAE.from_folder(BASE)
+    prompts = suite.prompts[:: len(suite.prompts) // 50]
+    true = np.stack([suite.truth(p, (side, side)) for p in prompts])
+    x = torch.from_numpy(true).permute(0, 3, 1, 2).float()[:, :, None] / 127.5 - 1
+    with torch.no_grad():
+        y = torch.cat([vae.decode_latent(vae.encode_latent(part)) for part in x.split(10)]).clamp(-1, 1)
+    decoded = list(((y[:, :, 0].permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy())
+    assert np.mean(suite.score(decoded, prompts)["strict"]) >= 0.94
