@@ -3,6 +3,7 @@
 A real Qwen-Image folder in diffusers layout is such a folder too.
 """
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ def main(config: Config) -> None:
     for part in VAES if config.copy is None else (*VAES, *PARTS):
         if (source / part).is_dir():
             shutil.copytree(source / part, temporary / part)
-    if config.dtype == "bfloat16":
-        to_bfloat16(temporary)
+    if config.copy or config.dtype == "bfloat16":
+        cast(temporary, config.dtype)
     shutil.rmtree(config.out, ignore_errors=True)
     os.replace(temporary, config.out)
     print(f"wrote {config.out}: {', '.join(sorted(p.name for p in config.out.iterdir()))}")
@@ -62,16 +63,22 @@ def make_text_encoder(config: Config, folder: Path) -> None:
         train_text_encoder(folder, config.text_steps, config.seed)
 
 
-def to_bfloat16(folder: Path) -> None:
-    """Round the weights of all parts of a folder."""
+def cast(folder: Path, dtype: str) -> None:
+    """Store the floating-point weights of all parts of a folder as `dtype`: diffusers loads a part as it is stored."""
     import torch
     from safetensors.torch import load_file, save_file
 
     for path in folder.rglob("*.safetensors"):
-        rounded = {n: w.bfloat16() if w.dtype == torch.float32 else w for n, w in load_file(path).items()}
-        save_file(rounded, path, {"format": "pt"})
+        weights = load_file(path).items()
+        save_file(
+            {n: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for n, w in weights}, path, {"format": "pt"}
+        )
     described = folder / "text_encoder" / "config.json"
-    described.write_text(described.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    config = json.loads(described.read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        if "dtype" in part:
+            part["dtype"] = dtype
+    described.write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """The shipped components: whole, small, and good enough not to be what limits a model."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from demo.components import Config, main
 from demo.recipes import BASE
 from evaluation.suites import ShapesSuite
 from model.conditioner import Conditioner
@@ -27,3 +31,15 @@ def test_true_pictures_survive_the_vae(side: int):
         y = torch.cat([vae.decode_latent(vae.encode_latent(part)) for part in x.split(10)]).clamp(-1, 1)
     decoded = list(((y[:, :, 0].permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy())
     assert np.mean(suite.score(decoded, prompts)["strict"]) >= 0.94
+
+
+def test_a_copy_is_stored_in_one_type(tmp_path):
+    """Else diffusers would load parts of a pipeline in different types."""
+    main(Config(copy=BASE, out=tmp_path / "components"))
+    for path in (tmp_path / "components").rglob("*.safetensors"):
+        assert {str(w.dtype) for w in load_file(path).values()} == {"torch.float32"}, path
+    (theirs,) = Conditioner.from_folder(BASE).encode(["a red star"])
+    (copied,) = Conditioner.from_folder(tmp_path / "components").encode(["a red star"])
+    assert torch.equal(theirs, copied)
+    config = json.loads((tmp_path / "components/text_encoder/config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "float32"
