@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from data_pipeline.synthesis import shapes_world as world
-from rewards.shapes import ShapesReward, credit, detect
+from rewards.shapes import ShapesReward, credit
+from rewards.shapes_detector import detect
 
 
 def pictures(n, size, split="train", seed=0):
