@@ -39,6 +39,8 @@ def main(config: Config) -> None:
     source = config.copy or config.vae
     if not (source / "vae").is_dir():
         raise UserError(f"{source} holds no vae/; train one with `python vae/train.py --out {config.vae}`")
+    if config.copy and (missing := [part for part in PARTS[:2] if not (source / part).is_dir()]):
+        raise UserError(f"{source} holds no {' and no '.join(missing)}; --copy takes a whole components folder")
     temporary = config.out.with_name(f".tmp-{config.out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     if config.copy is None:
@@ -66,13 +68,12 @@ def make_text_encoder(config: Config, folder: Path) -> None:
 def cast(folder: Path, dtype: str) -> None:
     """Store the floating-point weights of all parts of a folder as `dtype`: diffusers loads a part as it is stored."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load, save_file
 
     for path in folder.rglob("*.safetensors"):
-        weights = load_file(path).items()
-        save_file(
-            {n: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for n, w in weights}, path, {"format": "pt"}
-        )
+        weights = load(path.read_bytes()).items()  # a mapped file must not be written over
+        stored = {n: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for n, w in weights}
+        save_file(stored, path, {"format": "pt"})
     described = folder / "text_encoder" / "config.json"
     config = json.loads(described.read_text())
     for part in (config, config["text_config"], config["vision_config"]):

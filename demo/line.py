@@ -114,8 +114,7 @@ def run_line(line: list[Stage], out: Path) -> None:
         write_json(marker, {"fingerprint": mark, "seconds": round(time.monotonic() - start, 1)})
         if stage.page:
             print(f"    open {stage.page}", flush=True)
-    made = out / "base" if line[-1].page is None else line[-1].page
-    print(f"\nfinished in {time.monotonic() - begin:.0f} s; open {made}", flush=True)
+    print(f"\nfinished in {time.monotonic() - begin:.0f} s; open {line[-1].page}", flush=True)
 
 
 def lock(out: Path):
@@ -133,8 +132,10 @@ def main(config: Config) -> None:
     data = config.data.resolve() if config.data else None
     if data is not None and not data.exists():
         raise UserError(f"{config.data} does not exist; --data takes a folder of pictures with captions or of tars")
+    if data is not None and config.recipe == "base":
+        raise UserError("--recipe base draws its own pictures; --data goes with quick and demo")
     out = config.out or Path("runs") / (config.recipe if data is None else f"{config.recipe}-{data.name}")
-    line = base_stages(out, out / "base") if config.recipe == "base" else stages(RECIPES[config.recipe], out, data)
+    line = base_stages(out) if config.recipe == "base" else stages(RECIPES[config.recipe], out, data)
     if config.dry_run:
         for number, stage in enumerate(line, 1):
             print(f"[{number}/{len(line)}] {stage.name}: {stage.purpose}\n    {shlex.join(['python', *stage.command])}")

@@ -1,6 +1,6 @@
 """The demo's stages as data: which commands run, in which order, with which lengths. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from training.demo_data import TOY_SIDE_PX
@@ -93,13 +93,15 @@ class Stage:
     """What is worth opening once the stage is finished."""
 
 
+def stage(name: str, purpose: str, *command: object) -> Stage:
+    """A stage without a page."""
+    return Stage(name, purpose, [str(word) for word in command])
+
+
 def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
     """The commands of a line that works in `out`, on the user's `data` or on our own."""
     raw, curated, report = out / "data" / "raw", out / "data" / "curated", out / "report"
     components, encoded = out / "components", {res: out / "data" / f"encoded-{res}" for res in (256, 640)}
-
-    def stage(name: str, purpose: str, *command: object) -> Stage:
-        return Stage(name, purpose, [str(word) for word in command])
 
     def page(after: str) -> Stage:
         command = ["demo/report.py", "--line", str(out), "--steps", str(recipe.sample_steps)]
@@ -177,13 +179,9 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
     ]  # fmt: skip
 
 
-def base_stages(out: Path, base: Path) -> list[Stage]:
-    """The commands that make what is shipped in `base`."""
-
-    def stage(name: str, purpose: str, *command: object) -> Stage:
-        return Stage(name, purpose, [str(word) for word in command])
-
-    raw = out / "raw"
+def base_stages(out: Path) -> list[Stage]:
+    """The commands that make, in `out`/base, what is shipped in BASE."""
+    raw, base = out / "raw", out / "base"
     draw = ["data_pipeline/synthesize.py", "--kinds", "square-shapes:8,text,photo", "--count", 8000, "--size", 64]
     common = ["--preset", "tiny", "--data", raw, "--size", 64, "--crop", 64, "--batch-size", 24, "--save-every", 300]
     base_vae = ["vae/train.py", "--recipe", "base", *common, "--clip-share", 0.05, "--steps", 1500]
@@ -193,7 +191,7 @@ def base_stages(out: Path, base: Path) -> list[Stage]:
         stage("data", "whole pictures at 64 px", *draw, "--seed", 11, "--out", raw),
         stage("vae", "encoder and video decoder", *base_vae, "--out", out / "vae"),
         stage("image-decoder", "encoder frozen", *decoder, "--out", out / "image-decoder"),
-        stage("components", "the text encoder learns to read", *put, "--out", base),
+        replace(stage("components", "the text encoder learns to read", *put, "--out", base), page=base),
     ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.layers import EPS, sinusoid
 from model.mmdit import MMDiT
 from model.rope import rope_table, sample_positions
+from training.engine.muon import orthogonal
 
 
 class Dense(nn.Module):
@@ -127,14 +128,3 @@ class Muon(torch.optim.Optimizer):
                 steps = orthogonal(update.to(self.dtype)).float() * (-lr * max(1, o / i) ** 0.5)
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(params, list(steps.unbind()))
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T of x [n, o, i]."""
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command_line import UserError
+from demo import line
 from demo.components import Config, main
 from demo.recipes import BASE
 from evaluation.suites import ShapesSuite
@@ -34,8 +36,9 @@ def test_true_pictures_survive_the_vae(side: int):
 
 
 def test_a_copy_is_stored_in_one_type(tmp_path):
-    """Else diffusers would load parts of a pipeline in different types."""
-    main(Config(copy=BASE, out=tmp_path / "components"))
+    """Else diffusers would load parts of a pipeline in different types; a copy of the copy is the same once more."""
+    main(Config(copy=BASE, out=tmp_path / "first"))
+    main(Config(copy=tmp_path / "first", out=tmp_path / "components"))
     for path in (tmp_path / "components").rglob("*.safetensors"):
         assert {str(w.dtype) for w in load_file(path).values()} == {"torch.float32"}, path
     (theirs,) = Conditioner.from_folder(BASE).encode(["a red star"])
@@ -43,3 +46,11 @@ def test_a_copy_is_stored_in_one_type(tmp_path):
     assert torch.equal(theirs, copied)
     config = json.loads((tmp_path / "components/text_encoder/config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "float32"
+
+
+def test_half_a_folder_is_refused_and_base_takes_no_data(tmp_path):
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(UserError, match="no tokenizer and no text_encoder"):
+        main(Config(copy=tmp_path, out=tmp_path / "out"))
+    with pytest.raises(UserError, match="draws its own pictures"):
+        line.main(line.Config("base", data=tmp_path, dry_run=True))

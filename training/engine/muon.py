@@ -2,8 +2,8 @@
 
 It takes the place of AdamW in the parameter group that `own_group` makes and keeps AdamW's state layout, so that
 checkpoints stay reshardable: `exp_avg` is the momentum, `exp_avg_sq` stays zero. A distributed optimizer holds slices
-that know no rows; they are put together for each step, and every rank
-orthogonalises the matrices of which it has a part.
+that know no rows; they are put together for each step, and every rank orthogonalises the matrices of which it has a
+part.
 """
 
 from collections import defaultdict
@@ -70,7 +70,7 @@ class Muon:
         alike: dict[tuple[int, ...], dict[str, Tensor]] = defaultdict(dict)
         for name, whole in self.shards.gather(slices):
             if name in slices:
-                alike[tuple(whole.shape)][name] = whole.clone()
+                alike[tuple(whole.shape)][name] = whole
         for (o, i), matrices in alike.items():
             names, count = list(matrices), max(1, AT_ONCE // (o * i))
             for some in (names[at : at + count] for at in range(0, len(names), count)):

@@ -135,10 +135,13 @@ class Engine:
         weight, loss = totals.pop("_weight"), totals.pop("_loss")
         optimizer, settings = self.optimizer, self.config.optimizer
         lr = settings.learning_rate(self.step_count, self.total_steps)
+        of_muon = dataclasses.replace(settings, lr=settings.muon_lr or 0.0)
+        muon_lr = of_muon.learning_rate(self.step_count, self.total_steps)
         for group in optimizer.param_groups:
             decay = settings.weight_decay * group["wd_mult"]
-            own = settings.muon_lr / settings.lr if group[muon.MARK] else 1.0
-            group.update(lr=own * lr, weight_decay=decay, betas=settings.betas, eps=settings.eps)
+            group.update(
+                lr=muon_lr if group[muon.MARK] else lr, weight_decay=decay, betas=settings.betas, eps=settings.eps
+            )
         with device.megatron_region():
             self._ddp.scale_gradients(1 / weight if weight else math.nan)
             optimizer.prepare_grads()
