@@ -15,11 +15,67 @@ LONGEST_PRODUCT = 2048
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     """Attention per sample of the pack; takes and returns the order [text stream, image stream]."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and max(pack.segment_lengths) <= LONGEST_PRODUCT:
+        return padded_attention(q, k, v, pack)
     if pack.in_joint_order:
         return varlen_attention(q, k, v, pack)
     order, inverse = pack.joint_order, pack.inverse_order
     q, k, v = (permute(x, order, inverse) for x in (q, k, v))
     return permute(varlen_attention(q, k, v, pack), inverse, order)
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+    """The same by matrix products over samples of about one length, padded to the longest of them.
+
+    For bf16 on a CPU, where the fused kernel's backward pass is slow and so are many small calls. The tail gets zeros.
+    """
+    groups, slots = pack.padded
+    sizes = [count * length for count, length, _ in groups]
+    q, k, v = (_Spread.apply(x, slots, sum(sizes)).split(sizes) for x in (q * q.shape[-1] ** -0.5, k, v))
+    out = []
+    for (count, length, bias), *qkv in zip(groups, q, k, v, strict=True):
+        qs, ks, vs = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+        weights = (qs @ ks.transpose(-1, -2)).add_(bias.to(qs.dtype)).softmax(-1)
+        out.append((weights @ vs).transpose(1, 2).flatten(0, 1))
+    return _Collect.apply(torch.cat(out) if len(out) > 1 else out[0], slots)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of x at their slots among `length`, zeros between; a slot from `length` on is nowhere."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slots: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return _spread(x, slots, length)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _collect(grad, *ctx.saved_tensors), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The inverse: the rows at `slots`, zeros for slots that are nowhere."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.length = len(x)
+        return _collect(x, slots)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _spread(grad, *ctx.saved_tensors, ctx.length), None
+
+
+def _spread(x: Tensor, slots: Tensor, length: int) -> Tensor:
+    return x.new_zeros(length + len(x), *x.shape[1:]).index_copy_(0, slots, x)[:length]
+
+
+def _collect(x: Tensor, slots: Tensor) -> Tensor:
+    nowhere = slots >= len(x)
+    return x.index_select(0, slots.masked_fill(nowhere, 0)).masked_fill_(nowhere[:, None, None], 0)
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -56,12 +112,5 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     out = []
     for (n, length), qs, ks, vs in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         qs, ks, vs = (x.unflatten(0, (n, length)).transpose(1, 2) for x in (qs, ks, vs))
-        out.append(_attend(qs, ks, vs).transpose(1, 2).flatten(0, 1))
+        out.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).flatten(0, 1))
     return torch.cat(out) if len(out) > 1 else out[0]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of [samples, H, length, K]; in bf16 on a CPU by products, as the fused kernel's backward is slow."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PRODUCT:
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from model.rope import sample_positions
 
+PADDED_TO = 32
+"""Tokens in whose multiples the lengths of samples are alike enough to be padded to one."""
+
 Size = tuple[int, int, int]
 """(frames, height, width) in tokens."""
 
@@ -116,6 +119,31 @@ class Pack:
     def inverse_order(self) -> Tensor:
         """[Lt + Li] index into cat(text stream, image stream) -> joint order."""
         return torch.argsort(self.joint_order)
+
+    @cached_property
+    def padded(self) -> tuple[list[tuple[int, int, Tensor]], Tensor]:
+        """The samples in groups of about one length: (samples, length, bias of their keys) of each group, and slots.
+
+        A group's samples are padded to its longest; the bias [samples, 1, 1, length] is -inf at padding. `slots`
+        [Lt + Li] is where each token of cat(text stream, image stream) lies in the groups, one after the other; tails
+        lie behind them.
+        """
+        lengths = [s.joint for s in self.shapes]
+        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        alike: dict[int, list[int]] = {}
+        for sample, length in enumerate(lengths):
+            alike.setdefault(-(-length // PADDED_TO), []).append(sample)
+        groups, end, slots = [], 0, torch.empty(len(self.joint_order), dtype=torch.long)
+        for _, samples in sorted(alike.items()):
+            longest = max(lengths[s] for s in samples)
+            bias = torch.zeros(len(samples), 1, 1, longest)
+            for row, s in enumerate(samples):
+                slots[starts[s] : starts[s + 1]] = torch.arange(end, end + lengths[s])
+                bias[row, ..., lengths[s] :] = -torch.inf
+                end += longest
+            groups.append((len(samples), longest, bias))
+        slots[starts[-1] :] = torch.arange(end, end + len(slots) - starts[-1])
+        return groups, torch.empty_like(slots).index_copy_(0, self.joint_order, slots)
 
     def rank_major(self, cp: int) -> tuple[Tensor, Tensor]:
         """(joint order, its inverse) when the streams arrive as [text_0, image_0, text_1, image_1, ...] of cp ranks.

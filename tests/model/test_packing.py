@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import CONFIG, EDIT_2511, case, gradients, random_model, relative, run_ours
 
+from model.attention import joint_attention, padded_attention
 from model.packing import Pack, SampleShape, pack_inputs, patchify, unpatchify
 
 MIXED = [
@@ -84,6 +85,28 @@ def test_shared_noise_levels_may_share_a_row():
     row = tuple(i % 2 for i in range(len(cases)))
     shared = replace(inputs, sigma=torch.tensor([0.25, 0.75]), sigma_row=row)
     assert relative(model(shared), model(inputs)) < 1e-6
+
+
+def test_padded_attention_is_the_same_and_tails_take_no_part():
+    pack = Pack.of([SampleShape(c["txt"], c["size"], c.get("references", ())) for c in MIXED], align=64)
+    groups, slots = pack.padded
+    assert 1 < len(groups) < len(MIXED) and len(set(slots.tolist())) == len(slots)
+    real = torch.zeros(len(slots), dtype=torch.bool)
+    real[pack.joint_order[: sum(s.joint for s in pack.shapes)]] = True
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(len(slots), 2, 8, generator=generator)  # noqa: E731
+    q, k, v, direction = draw(), draw(), draw(), draw()
+    results = []
+    for attention in (joint_attention, padded_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*inputs, pack)
+        (out * direction)[real].sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    for one, padded in zip(*results, strict=True):
+        assert relative(padded[real], one[real]) < 1e-5
+        assert (padded[~real] == 0).all()
+    dirty = [torch.where(real[:, None, None], x, 1e3) for x in (q, k, v)]
+    assert torch.equal(padded_attention(*dirty, pack)[real], results[1][0][real])
 
 
 def test_joint_order_is_sample_by_sample():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import param_and_grad_buffer
 from torch.overrides import TorchFunctionMode
 
 import cpu_math  # noqa: F401
@@ -119,9 +120,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def _reduce_whole(mine: torch.Tensor, whole: torch.Tensor, **kwargs):
+    """A reduce-scatter in place as an all-reduce: four times as fast on gloo, which knows no better reduce-scatter."""
+    return dist.all_reduce(whole, **kwargs)
+
+
 def _install_cpu_shim() -> None:
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda *args, **kwargs: None
+    param_and_grad_buffer.dist_reduce_scatter_func = _reduce_whole
     # Results depend on the number of threads, so it is set rather than left to whoever imports what.
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, os.cpu_count() // local_world)

@@ -68,13 +68,13 @@ class Muon:
     def _orthogonalised(self, slices: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, whole orthogonal matrix) for each of `slices`, from all ranks' slices."""
         alike: dict[tuple[int, ...], dict[str, Tensor]] = defaultdict(dict)
-        for name, whole in self.shards.gather(slices):
+        for name, whole in self.shards.gather(slices, self.dtype):
             if name in slices:
                 alike[tuple(whole.shape)][name] = whole
         for (o, i), matrices in alike.items():
             names, count = list(matrices), max(1, AT_ONCE // (o * i))
             for some in (names[at : at + count] for at in range(0, len(names), count)):
-                done = orthogonal(torch.stack([matrices[n] for n in some]).to(self.dtype)).float()
+                done = orthogonal(torch.stack([matrices[n] for n in some])).float()
                 yield from zip(some, done, strict=True)
 
 

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from model.attention import permute, varlen_attention
+from model.attention import joint_attention, permute, varlen_attention
 from model.ops import Ops
 from model.packing import Pack
 from training.engine.device import Layout
@@ -98,6 +98,8 @@ class MegatronOps(Ops):
     @torch.compiler.disable  # segment lengths differ from batch to batch; what is before and after compiles once
     def attention(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
         cp = self.layout.cp_size
+        if cp == 1 and self.varlen_attention is varlen_attention:
+            return joint_attention(q, k, v, pack)
         order, inverse = self._order(pack)
         if cp == 1:
             q, k, v = (permute(x, order, inverse) for x in (q, k, v))

@@ -32,16 +32,20 @@ class Shards:
         span = self.optimizer._get_model_param_range_map(self.ddp.module.get_parameter(name))["param"]
         return span.start, span.end
 
-    def gather(self, slices: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole fp32 tensors in the shape of this rank's parameters from all ranks' slices, one bucket at a time."""
+    def gather(self, slices: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors in the shape of this rank's parameters from all ranks' slices, one bucket at a time.
+
+        Slices travel as `dtype`.
+        """
         names = {param: name for name, param in self._trainable().items()}
         group = self.ddp.intra_dp_cp_group
         if group.size() == 1:
-            yield from ((name, part.view(self.ddp.module.get_parameter(name).shape)) for name, part in slices.items())
+            shapes = {name: self.ddp.module.get_parameter(name).shape for name in slices}
+            yield from ((name, part.to(dtype).view(shapes[name])) for name, part in slices.items())
             return
         for buffer in self.ddp.buffers:
             for bucket in buffer.buckets:
-                whole = torch.zeros_like(bucket.grad_data, dtype=torch.float32)
+                whole = torch.zeros_like(bucket.grad_data, dtype=dtype)
                 mine = whole.chunk(group.size())[group.rank()]
                 for param in bucket.params_list:
                     if names[param] in slices:
