@@ -3,10 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from training.demo_data import TOY_SIDE_PX
-
-BASE = Path(__file__).resolve().parent.parent / "base"
-"""Tokenizer, text encoder and VAE of the shapes world, shipped; its README.md says how they were made."""
+from training.source import BASE, TOY_SIDE_PX
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ an interruption, it goes on; what was measured before is read from the cache.
 """
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Literal
 try:
     from command_line import UserError, progress, run
     from evaluation.picture_measures import PictureWeights
+    from training.source import BASE, look
     from vlm.server import ServerConfig
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
@@ -27,8 +28,8 @@ SuiteName = Literal["shapes", "text", "edit", "vae", "geneval", "dpg", "oneig", 
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = "runs/quick/export"
-    """A run folder, a checkpoint, a diffusers folder or a hub id."""
+    checkpoint: str = str(BASE)
+    """A run folder, a checkpoint, a diffusers folder or a hub id. Default: the shipped base."""
     compare: tuple[str, ...] = ()
     """Two or more of these instead: each is compared with the first, on the same prompts and seeds."""
     suite: tuple[SuiteName, ...] = ("shapes",)
@@ -40,9 +41,9 @@ class Config:
     limit: int | None = None
     """Take only the first so many prompts of each suite."""
     images_per_prompt: int = 4
-    height: int = 96
-    """Pixels, a multiple of 16 (Qwen-Image itself: 1328)."""
-    width: int = 96
+    height: int | None = None
+    """Pixels, a multiple of 16. Default: the side that the (first) model was trained at (Qwen-Image itself: 1328)."""
+    width: int | None = None
     steps: int = 40
     cfg_scale: float = 4.0
     """1 draws without guidance."""
@@ -70,6 +71,9 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if config.height is None or config.width is None:
+        side = look((config.compare or (config.checkpoint,))[0]).side_px()
+        config = replace(config, height=config.height or side, width=config.width or side)
     _check(config)
     if "vae" in config.suite:
         _measure_vaes(config)

@@ -6,23 +6,24 @@ from typing import Literal
 
 try:
     from command_line import UserError, progress, run
+    from training.source import BASE, look
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = "runs/quick/export"
-    """A run folder, a checkpoint, a diffusers folder or a hub id."""
+    checkpoint: str = str(BASE)
+    """A run folder, a checkpoint, a diffusers folder or a hub id. Default: the shipped base."""
     prompt: tuple[str, ...] = ("a photo of a red circle",)
     """One picture is drawn for each prompt."""
     image: tuple[Path, ...] = ()
     """Pictures to edit, given to every prompt."""
     output: Path = Path("samples")
     """Folder for the pictures, NUMBER.png."""
-    height: int = 96
-    """Pixels, a multiple of 16 (Qwen-Image itself: 1328)."""
-    width: int = 96
+    height: int | None = None
+    """Pixels, a multiple of 16. Default: the side that the model was trained at (Qwen-Image itself: 1328)."""
+    width: int | None = None
     steps: int = 50
     cfg_scale: float = 4.0
     """1 draws without guidance."""
@@ -41,11 +42,13 @@ class Config:
 
 
 def main(config: Config) -> None:
-    if config.height % 16 or config.width % 16 or min(config.height, config.width) < 16:
-        raise UserError(f"{config.height} x {config.width} pixels: both sides must be positive multiples of 16")
+    side = look(config.checkpoint).side_px()
+    size = (config.height or side, config.width or side)
+    if size[0] % 16 or size[1] % 16 or min(size) < 16:
+        raise UserError(f"{size[0]} x {size[1]} pixels: both sides must be positive multiples of 16")
     if missing := [str(p) for p in config.image if not p.is_file()]:
         raise UserError(f"no picture at {', '.join(missing)}")
-    plan = f"{config.height} x {config.width} px, {config.steps} steps, guidance {config.cfg_scale:g}"
+    plan = f"{size[0]} x {size[1]} px, {config.steps} steps, guidance {config.cfg_scale:g}"
     print(f"{len(config.prompt)} pictures of {plan}, from {config.checkpoint}")
     if config.dry_run:
         return
@@ -69,7 +72,6 @@ def main(config: Config) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     with progress(len(config.prompt), "draw", "picture") as bar:
         for i, prompt in enumerate(config.prompt):
-            size = (config.height, config.width)
             (picture,) = maker.generate([prompt], [size], [config.seed + i], [images])
             with atomic_file(config.output / f"{i}.png") as file:
                 Image.fromarray(picture).save(file, "PNG")

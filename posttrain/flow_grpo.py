@@ -37,7 +37,6 @@ class Config(RolloutConfig):
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=3e-6))
 
     NAME: ClassVar = "grpo"
-    STAGES_BEFORE: ClassVar = ("dpo", "sft", "pretrain-1328", "pretrain-640", "pretrain-256")
     TOY: ClassVar = dict(
         prompts_per_update=2, group=12, loop=LoopConfig(10, save_every=5), engine=toy_optimizer(1e-4)
     )  # fmt: skip
@@ -121,15 +120,16 @@ class FlowGRPO(RolloutTrainer):
         window = Window(step, random_steps(config.sampling_steps, config.window, at))
         return Sampler(FixedSchedule(config.sampling_steps), window, config.cfg_scale)
 
-    def microbatches(self, groups: list[Group]) -> list[list[Credited]]:
+    def microbatches(self, groups: list[Group], transitions: list[Transition]) -> list[list[Credited]]:
         device, found = self.studio.engine.device, []
-        for group in groups:
-            for transition in group.drawn.transitions:
-                pictures = list(transition.pictures)
-                scores = {name: score[pictures].to(device) for name, score in group.scores.items()}
-                found.append([Credited(transition, group.advantages[pictures].to(device), scores)])
+        advantages = torch.cat([group.advantages for group in groups])
+        scores = {name: torch.cat([group.scores[name] for group in groups]) for name in groups[0].scores}
+        for transition in transitions:
+            pictures = list(transition.pictures)
+            earned = {name: score[pictures].to(device) for name, score in scores.items()}
+            found.append([Credited(transition, advantages[pictures].to(device), earned)])
         if not self._floor_known:
-            self._check_noise_floor(groups[0].drawn.transitions)
+            self._check_noise_floor(transitions)
         return found
 
     def prepare(self, batch: list[Credited], rng: Randomness, align: int) -> tuple[ModelInputs, Credited]:

@@ -45,7 +45,6 @@ class Config(RolloutConfig):
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=3e-6))
 
     NAME: ClassVar = "nft"
-    STAGES_BEFORE: ClassVar = ("dpo", "sft", "pretrain-1328", "pretrain-640", "pretrain-256")
     TOY: ClassVar = dict(
         prompts_per_update=2, group=12, levels=3, loop=LoopConfig(10, save_every=5), engine=toy_optimizer(1e-4)
     )  # fmt: skip
@@ -71,7 +70,7 @@ from torch import Tensor
 from data_pipeline.loader import microbatches as groups_within
 from data_pipeline.sample import EncodedSample
 from model.packing import ModelInputs, token_size
-from model.sampling.draw import Sampler
+from model.sampling.draw import Sampler, Transition
 from model.sampling.schedule import FixedSchedule, noise_levels
 from posttrain.rollout.prompts import Prompt
 from posttrain.rollout.rollouts import Group, RolloutTrainer
@@ -144,12 +143,12 @@ class DiffusionNFT(RolloutTrainer):
     def sampler(self, prompt: Prompt, epoch: int) -> Sampler:
         return Sampler(FixedSchedule(self.config.sampling_steps), cfg_scale=self.config.cfg_scale)
 
-    def microbatches(self, groups: list[Group]) -> list[list[Judged]]:
+    def microbatches(self, groups: list[Group], transitions: list[Transition]) -> list[list[Judged]]:
         """Every picture at every level of its own, in packs of at most `max_tokens`; a larger picture goes alone."""
         config, found = self.config, []
         for group in groups:
             txt = group.condition.txt.cpu()
-            for i, latent in enumerate(group.drawn.latents):
+            for i, latent in enumerate(group.latents):
                 sample = EncodedSample(f"{group.prompt.key}#{i}", latent.cpu(), txt, epoch=group.epoch)
                 scores = {name: score[i] for name, score in group.scores.items()}
                 levels = range(config.levels or config.sampling_steps - 1)

@@ -13,10 +13,10 @@ try:
     import tyro
 
     from command_line import UserError
-    from training.demo_data import FOLDER, MODEL, TOY_SIDE_PX
+    from training.demo_data import demo_data
     from training.engine.config import EngineConfig
     from training.loop import LoopConfig
-    from training.source import look
+    from training.source import BASE, look
     from training.start import RunConfig, optimizer, start, toy_optimizer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
@@ -25,7 +25,8 @@ except ModuleNotFoundError as missing:
 @dataclass(frozen=True)
 class Config(RunConfig):
     data: tuple[Path, ...] = ()
-    """Encoded data sets (of data_pipeline/produce.py). Default: what --init was trained on."""
+    """Encoded data sets (of data_pipeline/produce.py). Default: what --init was trained on; for the shipped base, the
+    demo's, made if missing."""
     batch_size: int = 512
     """Samples in a step, over all ranks."""
     condition_dropout: float = 0.1
@@ -34,15 +35,13 @@ class Config(RunConfig):
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=2e-5))
 
     NAME: ClassVar = "sft"
-    STAGES_BEFORE: ClassVar = ("pretrain-1328", "pretrain-640", "pretrain-256")
     TOY: ClassVar = dict(batch_size=32, loop=LoopConfig(50, save_every=25), engine=toy_optimizer(1e-4))
 
     def completed(self) -> "Config":
         config = super().completed()
-        data = config.data
-        if not data and config.init == MODEL:  # not made yet
-            data = (FOLDER / f"encoded-{TOY_SIDE_PX[256]}",)
-        data = data or tuple(look(config.init).settings.get("data", ()))
+        data = config.data or tuple(look(config.init).settings.get("data", ()))
+        if not data and config.init == BASE and not config.dry_run:
+            data = (demo_data(config.side_px()),)
         if not data:
             raise UserError(f"{config.init} names no data; give --data: encoded shards of data_pipeline/produce.py")
         return replace(config, data=data)

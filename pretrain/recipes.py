@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 from command_line import UserError, flag
 from model.config import PRESETS, MMDiTConfig
 from pretrain.plan import plan
-from training.demo_data import STEPS, TOY_SIDE_PX, demo_data
+from training.demo_data import demo_data
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
-from training.source import look, preset_of
+from training.source import BASE, TOY_SIDE_PX, look, preset_of
 from training.start import RunConfig
 
 
@@ -62,8 +62,7 @@ class StageConfig(RunConfig):
             return config
         if config.preset != "tiny":
             raise UserError(f"preset {config.preset} needs --data: encoded shards of data_pipeline/produce.py")
-        data, components = demo_data(config.side_px())
-        return replace(config, data=(data,), components=config.components or components)
+        return replace(config, data=(demo_data(config.side_px()),), components=config.components or BASE)
 
     @property
     def model(self) -> MMDiTConfig:
@@ -94,7 +93,7 @@ STAGES: dict[int, StageConfig] = {
 TOYS: dict[int, StageConfig] = {
     res: replace(
         stage, preset="tiny", batch_size=32, max_tokens=4096, sample_every=100, validate_every=100, engine=_TOY,
-        loop=LoopConfig(STEPS, save_every=50), validation="evaluation.validation:ShapesValidation",
+        loop=LoopConfig(200, save_every=50), validation="evaluation.validation:ShapesValidation",
     )
     for res, stage in STAGES.items()
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an entry takes when it is given nothing: the demo's pictures and tiny networks, made if missing."""
+"""Pictures for an entry that is given none: the demo's, made if missing, and encoded by the shipped networks."""
 
 import os
 import subprocess
@@ -7,16 +7,10 @@ import time
 from pathlib import Path
 
 from command_line import die_with_parent
-
-TOY_SIDE_PX = {256: 64, 640: 96, 1328: 128}
-"""Side of the squares that each stage trains the tiny preset on."""
-STEPS = 200
-"""Steps of a stage of the tiny preset."""
+from training.source import BASE
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("runs/demo-data")
-COMPONENTS = FOLDER / "components"
-MODEL = FOLDER / "pretrain-256"
 SHARD = "shard-000000.tar"
 """The demo's pictures fill one shard; that it is there means that all of them are."""
 
@@ -32,31 +26,16 @@ def demo_pictures() -> Path:
     return raw
 
 
-def demo_data(side_px: int) -> tuple[Path, Path]:
-    """(encoded data set, components) of the demo; rank 0 makes what is missing, the others wait for it."""
-    encoded, vae = FOLDER / f"encoded-{side_px}", FOLDER / "vae"
+def demo_data(side_px: int) -> Path:
+    """Encoded data set of the demo; rank 0 makes what is missing, the others wait for it."""
+    encoded = FOLDER / f"encoded-{side_px}"
     if not _is_whole(encoded):
         if os.environ.get("RANK", "0") == "0":
-            raw = demo_pictures()
-            if not COMPONENTS.exists():
-                _run("vae/train.py", "--recipe", "base", "--data", raw, "--size", 64, "--steps", 100, "--out", vae)
-                _run("demo/components.py", "--vae", vae, "--out", COMPONENTS)
-            where = ("--data", raw, "--components", COMPONENTS, "--res", side_px, "--out", encoded)
+            where = ("--data", demo_pictures(), "--components", BASE, "--res", side_px, "--out", encoded)
             _run("data_pipeline/produce.py", *where)
         while not _is_whole(encoded):
             time.sleep(1)
-    return encoded, COMPONENTS
-
-
-def demo_model(make: bool = True) -> Path:
-    """Run of a tiny model that was pretrained for a few steps on the demo's pictures; by default made if missing."""
-    trained = MODEL / "checkpoints" / f"step_{STEPS:08d}"
-    if make and not trained.exists():
-        if os.environ.get("RANK", "0") == "0":
-            _run("pretrain/stage.py", "--res", 256, "--preset", "tiny", "--out", MODEL)
-        while not trained.exists():
-            time.sleep(1)
-    return MODEL
+    return encoded
 
 
 def _is_whole(encoded: Path) -> bool:

@@ -15,9 +15,15 @@ from model.config import PRESETS, MMDiTConfig
 from model.diffusers_io.config import locate, read_config
 from training.engine import checkpoint
 
+BASE = Path(__file__).resolve().parent.parent / "base"
+"""The model of the shapes world that is shipped: what every entry takes that is told nothing else."""
 Kind = Literal["run", "checkpoint", "lora", "diffusers", "hub"]
 PUBLISHED_SIDE_PX = 1024
 """Side of the pictures that a published model is post-trained on, unless told otherwise."""
+TOY_PARAMETERS = 10**8
+"""Models below this have recipes for a laptop; above, for GPUs."""
+TOY_SIDE_PX = {256: 64, 640: 96, 1328: 128}
+"""Side of the squares that each stage of pretraining trains the tiny preset on."""
 COMPONENT_PARTS = ("text_encoder", "tokenizer", "vae", "scheduler", "processor")
 
 
@@ -85,7 +91,9 @@ class Source:
             from data_pipeline.loader import read_fingerprint
 
             return read_fingerprint(self.settings["data"][0]).resolution
-        return PUBLISHED_SIDE_PX
+        if self.kind == "hub" or self.model_config().num_parameters > TOY_PARAMETERS:
+            return PUBLISHED_SIDE_PX
+        return TOY_SIDE_PX[256]
 
     def fingerprint(self, ema: bool = True) -> str:
         """Hash of the weights: of a run, its newest intact checkpoint's manifest stands for them."""
@@ -110,15 +118,6 @@ def look(path: Path | str) -> Source:
         return Source(folder, "hub")
     what = "holds no model (no checkpoints, no transformer/)" if folder.exists() else "does not exist"
     raise UserError(f"{path} {what}; give a run, a checkpoint, a diffusers folder or a hub id")
-
-
-def newest_run(names: tuple[str, ...]) -> Path | None:
-    """The newest run in runs/NAME or runs/*/NAME of the first name that has one with a checkpoint."""
-    for name in names:
-        found = [p for pattern in (name, f"*/{name}") for p in Path("runs").glob(f"{pattern}/checkpoints/step_*")]
-        if found:
-            return max(found, key=lambda p: p.stat().st_mtime).parent.parent
-    return None
 
 
 def preset_of(config: MMDiTConfig) -> str | None:

@@ -21,10 +21,9 @@ import tyro
 from command_line import UserError, flag, load_named, run
 from files import hash_files, write_json
 from model.config import PRESETS, MMDiTConfig
-from training.demo_data import COMPONENTS, MODEL, TOY_SIDE_PX, demo_model
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
-from training.source import Source, look, newest_run
+from training.source import BASE, TOY_PARAMETERS, Source, look
 
 if TYPE_CHECKING:
     from model.sampling.draw import Request
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 NOTE = "init.json"
 """File of a run that says what it started from."""
-TOY_PARAMETERS = 10**8
-"""Models below this have recipes for a laptop; above, for GPUs."""
 LARGE_PARAMETERS = 4 * 10**9
 """From here on, weights and their gradients are split over four tensor-parallel ranks."""
 
@@ -44,7 +41,7 @@ class RunConfig:
     """What all trainers take; each adds its own. The defaults are those for large models."""
 
     init: Path | None = None
-    """Run, checkpoint, diffusers folder or hub id to start from. Default: the newest run of an earlier stage."""
+    """Run, checkpoint, diffusers folder or hub id to start from. Default: the shipped base."""
     components: Path | None = None
     """Folder with tokenizer/, text_encoder/ and vae/. Default: the one that --init was trained with."""
     out: Path | None = None
@@ -65,8 +62,6 @@ class RunConfig:
     """Print the plan, do nothing."""
 
     NAME: ClassVar[str] = "posttrain"
-    STAGES_BEFORE: ClassVar[tuple[str, ...]] = ()
-    """Names of runs to start from, the first that exists."""
     TOY: ClassVar[dict[str, Any]] = {}
     """What differs for a model of toy size."""
 
@@ -86,23 +81,21 @@ class RunConfig:
     def defaults(cls, argv: list[str]) -> Self:
         """The recipe for the model that the command line names, or that the run would start from."""
         out = Path(flag(argv, "--out") or f"runs/{cls.NAME}")
-        source = _noted(out) or flag(argv, "--init") or newest_run(cls.STAGES_BEFORE)
-        return cls.recipe(_likely_model(source))
+        found = look(_noted(out) or flag(argv, "--init") or BASE)
+        return cls.recipe(PRESETS["qwen-image"] if found.kind == "hub" else found.model_config())
 
     def completed(self) -> Self:
         """The config with its open fields filled in. UserError for what cannot be."""
         source = _starting_point(self)
-        if source is None:
-            source = look(demo_model()) if not self.dry_run else Source(MODEL, "run")
-        components = self.components or (COMPONENTS if source.path == MODEL else source.components())
-        if source.is_ours and source.path.exists():
+        components = self.components or source.components()
+        if source.is_ours:
             source = look(source.checkpoint(thorough=False))
         return replace(self, init=source.path, components=Path(components))
 
     @property
     def model(self) -> MMDiTConfig:
         """Config of the model to train."""
-        return PRESETS["tiny"] if _is_still_to_make(self.init) else look(self.init).model_config()
+        return look(self.init).model_config()
 
     def side_px(self) -> int:
         """Side of the square whose area the run's pictures have; validation draws at it."""
@@ -114,8 +107,6 @@ class RunConfig:
 
     def summary(self) -> str:
         """What a run says first, in a line."""
-        if _is_still_to_make(self.init):
-            return f"{self.out}: no --init and no earlier run in runs/, so a tiny model is pretrained first ({MODEL})"
         return f"{self.out}: {self.model.num_parameters:,} parameters from {self.init}, components {self.components}"
 
 
@@ -132,7 +123,7 @@ def toy_optimizer(lr: float) -> EngineConfig:
 def picture_side(size_px: int | None, source: Path) -> int:
     """`size_px`, or the side that `source` was trained at. UserError if it is no multiple of 16."""
     if size_px is None:
-        size_px = TOY_SIDE_PX[256] if _is_still_to_make(source) else look(source).side_px()
+        size_px = look(source).side_px()
     if size_px < 16 or size_px % 16:
         raise UserError(f"--size-px {size_px}: pictures need sides that are multiples of 16")
     return size_px
@@ -233,28 +224,14 @@ def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
     return hooks
 
 
-def _is_still_to_make(source: Path) -> bool:
-    """Whether a source is the tiny model of runs that are given nothing, before it is pretrained."""
-    return source == MODEL and not MODEL.exists()
-
-
-def _likely_model(source: Path | str | None) -> MMDiTConfig:
-    """The model at a source, for its recipe; that of a hub id is Qwen-Image, of nothing the demo's."""
-    if source is None:
-        return PRESETS["tiny"]
-    found = look(source)
-    return PRESETS["qwen-image"] if found.kind == "hub" else found.model_config()
-
-
-def _starting_point(config: RunConfig) -> Source | None:
-    """What the run began from, or is to begin from; None if there is nothing.
+def _starting_point(config: RunConfig) -> Source:
+    """What the run began from, or is to begin from.
 
     UserError for a source that is not there, or not the one that the run started from.
     """
     noted = _noted(config.out)
     if noted is None:
-        source = config.init or newest_run(config.STAGES_BEFORE)
-        return None if source is None else look(source)
+        return look(config.init or BASE)
     note = json.loads((config.out / NOTE).read_text())
     if config.init is not None and str(config.init) not in (note["given"], note["source"]):
         raise UserError(f"{config.out} started from {note['given']}, not from {config.init}; choose another --out")

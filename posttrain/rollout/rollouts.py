@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.sampling.draw import Drawn, Request, Sampler
+from model.sampling.draw import Request, Sampler, Transition
 from model.sampling.guidance import Condition
 from model.text_to_image import PIXELS_PER_LATENT, to_uint8
 from posttrain.rollout.config import RolloutConfig
@@ -37,7 +37,8 @@ class Group:
     epoch: int
     """Pass over the prompts."""
     condition: Condition
-    drawn: Drawn
+    latents: list[Tensor]
+    """fp32 [C, F, H, W], one a picture."""
     images: list[np.ndarray]
     """uint8 [H, W, 3]; dropped once they are scored."""
     scores: dict[str, Tensor] = field(default_factory=dict)
@@ -59,11 +60,11 @@ class RolloutTrainer:
         self.rng = Randomness(config.loop.seed)
 
     def sampler(self, prompt: Prompt, epoch: int) -> Sampler:
-        """How a group's pictures are drawn."""
+        """How the pictures of an update are drawn, of which this is the first prompt."""
         raise NotImplementedError
 
-    def microbatches(self, groups: list[Group]) -> list[list[Any]]:
-        """What is trained on, of this rank's groups."""
+    def microbatches(self, groups: list[Group], transitions: list[Transition]) -> list[list[Any]]:
+        """What is trained on: of this rank's groups, or of the random steps of their pictures, numbered on."""
         raise NotImplementedError
 
     def batches(self) -> "Rollouts":
@@ -101,8 +102,10 @@ class Rollouts:
 
     def __next__(self) -> list[list[Any]]:
         if not self._uses_left:
-            mine = next(self.stream)[self._engine.dp_rank :: self._engine.dp_size]
-            self._microbatches = self.trainer.microbatches(self.credit(self.score(self.draw(mine))))
+            prompts, engine = next(self.stream), self._engine
+            sampler = self.trainer.sampler(*prompts[0])
+            groups, transitions = self.draw(prompts[engine.dp_rank :: engine.dp_size], sampler)
+            self._microbatches = self.trainer.microbatches(self.credit(self.score(groups)), transitions)
             self._uses_left = self.trainer.config.updates_per_rollout
         self._uses_left -= 1
         return self._microbatches
@@ -114,21 +117,23 @@ class Rollouts:
         self.stream.load_state_dict(state)
         self._uses_left = 0
 
-    def draw(self, prompts: list[tuple[Prompt, int]]) -> list[Group]:
-        """The pictures of prompts in a pass."""
-        trainer, groups = self.trainer, []
-        for prompt, epoch in prompts:
-            (condition,) = trainer.studio.conditions([prompt.text])
-            painter = trainer.studio.painter(trainer.sampler(prompt, epoch), trainer.weights)
-            requests = []
-            for i in range(trainer.config.group):
+    def draw(self, prompts: list[tuple[Prompt, int]], sampler: Sampler) -> tuple[list[Group], list[Transition]]:
+        """The pictures of prompts in a pass, and the random steps that led to them."""
+        trainer, size = self.trainer, self.trainer.config.group
+        painter = trainer.studio.painter(sampler, trainer.weights)
+        conditions = [c.to(painter.device) for c in trainer.studio.conditions([p.text for p, _ in prompts])]
+        requests = []
+        for (prompt, epoch), condition in zip(prompts, conditions, strict=True):
+            for i in range(size):
                 key = f"{prompt.key}#{i}"
-                eps = partial(_eps, trainer.rng, key, epoch)
-                requests.append(Request(condition, trainer.noise(key, epoch, "start"), eps).to(painter.device))
-            drawn = painter.sampler.draw(painter.velocity, requests)
-            images = [to_uint8(painter.decode(latent)) for latent in drawn.latents]
-            groups.append(Group(prompt, epoch, requests[0].condition, drawn, images))
-        return groups
+                noise = trainer.noise(key, epoch, "start").to(painter.device)
+                requests.append(Request(condition, noise, partial(_eps, trainer.rng, key, epoch)))
+        drawn, groups = painter.sampler.draw(painter.velocity, requests), []
+        for n, ((prompt, epoch), condition) in enumerate(zip(prompts, conditions, strict=True)):
+            latents = drawn.latents[n * size : (n + 1) * size]
+            images = [to_uint8(painter.decode(latent)) for latent in latents]
+            groups.append(Group(prompt, epoch, condition, latents, images))
+        return groups, drawn.transitions
 
     def score(self, groups: list[Group]) -> list[Group]:
         """Rewards of all pictures, asked for at once; of ranks that hold the same pictures, one asks."""

@@ -12,7 +12,6 @@ from command_line import UserError
 from data_pipeline.sample import EncodedSample
 from model.flow import interpolate
 from model.packing import patchify
-from model.sampling.draw import Drawn
 from model.sampling.guidance import Condition
 from model.sampling.schedule import noise_levels
 from posttrain.nft import Config, DiffusionNFT, Judged, Target
@@ -165,10 +164,8 @@ def judged(**settings) -> tuple[DiffusionNFT, list[list[Judged]]]:
         latents = [Randomness(p).normal(f"{i}", 0, "x0", (16, 1, 4, 4 + 4 * p)) for i in range(3)]
         scores = {"reward": torch.arange(3.0) + 10 * p}
         condition = Condition(torch.ones(3 + p, 8))
-        groups.append(
-            Group(Prompt(f"p{p}", "any", {}), 7, condition, Drawn(latents), [], scores, torch.arange(3.0) - 1)
-        )
-    return nft, nft.microbatches(groups)
+        groups.append(Group(Prompt(f"p{p}", "any", {}), 7, condition, latents, [], scores, torch.arange(3.0) - 1))
+    return nft, nft.microbatches(groups, [])
 
 
 def test_every_picture_is_trained_at_levels_of_its_own():

@@ -10,20 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_pipeline.loader import EncodedDataset
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import write_raw
-from model.tiny_components import write_tiny_components
 from training import demo_data
-from vae.autoencoder import PRESETS, VAE
 
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory in which the demo's pictures and networks are made and nothing is encoded."""
+    """A working directory in which the demo's pictures are made and nothing is encoded."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -34,9 +31,6 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         samples.append(RawSample(f"k{i}", file.getvalue(), "png", {"caption": f"noise {i}"}))
     (demo_data.FOLDER / "raw").mkdir(parents=True)
     write_raw(demo_data.FOLDER / "raw" / demo_data.SHARD, samples)
-    write_tiny_components(demo_data.COMPONENTS)
-    torch.manual_seed(0)
-    VAE(PRESETS["tiny"]).save(demo_data.COMPONENTS)
     return tmp_path
 
 
@@ -60,10 +54,10 @@ def test_a_killed_making_goes_on_and_other_ranks_wait_for_its_end(begun: Path):
     first.wait()
     with pytest.raises(ValueError, match="no encoded data set"):
         EncodedDataset(encoded)
-    opens = "from data_pipeline.loader import EncodedDataset; EncodedDataset(demo_data.demo_data(64)[0])"
+    opens = "from data_pipeline.loader import EncodedDataset; EncodedDataset(demo_data.demo_data(64))"
     other = start(opens, rank=1)
     try:
-        assert demo_data.demo_data(64) == (encoded, demo_data.COMPONENTS)
+        assert demo_data.demo_data(64) == encoded
         assert len(EncodedDataset(encoded)) == 100
         assert other.wait(300) == 0
     finally:
