@@ -15,6 +15,8 @@ LONGEST_PRODUCT = 2048
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     """Attention per sample of the pack; takes and returns the order [text stream, image stream]."""
+    if pack.even is not None:
+        return even_attention(q, k, v, pack)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and max(pack.segment_lengths) <= LONGEST_PRODUCT:
         return padded_attention(q, k, v, pack)
     if pack.in_joint_order:
@@ -22,6 +24,23 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
     order, inverse = pack.joint_order, pack.inverse_order
     q, k, v = (permute(x, order, inverse) for x in (q, k, v))
     return permute(varlen_attention(q, k, v, pack), inverse, order)
+
+
+def even_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+    """The same for an even pack, whose samples are one batch as they are. Padding attends, and is not attended to."""
+    even = pack.even
+
+    def samples(x: Tensor) -> Tensor:
+        parts = x.split((even.samples * even.text, even.samples * even.image))
+        return torch.cat([part.unflatten(0, (even.samples, -1)) for part in parts], dim=1).transpose(1, 2)
+
+    q, k, v = map(samples, (q, k, v))
+    bias = even.bias.to(q.dtype)
+    if q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PRODUCT:
+        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, bias)
+    return torch.cat([part.flatten(0, 1) for part in out.transpose(1, 2).split((even.text, even.image), dim=1)])
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:

@@ -29,6 +29,9 @@ class Rows:
     runs: tuple[tuple[int, int], ...] | None
     """The same as (length, row) of consecutive runs, where a whole stream is on this rank and runs are long enough
     for one call each to cost less than the product."""
+    each: tuple[Tensor | None, int, int] | None = None
+    """The same as (row of each sample, or None if those are the first ones; samples; tokens of each), where all have
+    equally many and there is no tail."""
 
     @classmethod
     def of(cls, lengths: list[int], rows: list[int], total: int, n_rows: int, like: Tensor) -> "Rows":
@@ -40,12 +43,19 @@ class Rows:
                 runs[-1] = (runs[-1][0] + length, row)
             elif length:
                 runs.append((length, row))
+        if like.device.type == "cpu" and len(set(lengths)) == 1 and not tail and total < MIN_RUN * len(runs):
+            in_order = rows == list(range(len(rows)))
+            return cls(like.new_empty(0), None, (None if in_order else torch.tensor(rows), len(rows), lengths[0]))
         index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
         one_hot = torch.zeros(total, n_rows).index_put_((torch.arange(total - tail), index), torch.ones(()))
         return cls(one_hot.to(like.device, like.dtype), tuple(runs) if total >= MIN_RUN * len(runs) else None)
 
     def prefix(self, length: int) -> "Rows":
         """The rows of the first `length` tokens."""
+        if self.each is not None:
+            index, _, tokens = self.each
+            samples = length // tokens
+            return Rows(self.one_hot, None, (None if index is None else index[:samples], samples, tokens))
         if torch.compiler.is_compiling() or self.runs is None:
             return Rows(self.one_hot[:length], None)
         runs, left = [], length
@@ -61,6 +71,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
 
     x [L, D]; shift, scale [R, D]. Over a run of tokens with one row, this is LayerNorm with that row as its weights.
     """
+    if rows.each is not None:
+        normed = _by_sample(F.layer_norm(x, x.shape[-1:], eps=EPS), rows)
+        return torch.addcmul(_of_samples(shift, rows), normed, _of_samples(scale, rows) + 1).flatten(0, 1)
     if torch.compiler.is_compiling() or rows.runs is None:
         return torch.addcmul(rows.one_hot @ shift, F.layer_norm(x, x.shape[-1:], eps=EPS), rows.one_hot @ scale + 1)
     weight, bias = (1 + scale).unbind(), shift.unbind()
@@ -69,10 +82,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows) -> Tensor:
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor, rows: Rows) -> Tensor:
     """x + gate * y with each token's row of gate [R, D]."""
+    if rows.each is not None:
+        return torch.addcmul(_by_sample(x, rows), _of_samples(gate, rows), _by_sample(y, rows)).flatten(0, 1)
     if torch.compiler.is_compiling() or rows.runs is None:
         return torch.addcmul(x, rows.one_hot @ gate, y)
     gates = gate.unbind()
     return _by_run(lambda row, x, y: torch.addcmul(x, gates[row], y), rows.runs, x, y)
+
+
+def _by_sample(x: Tensor, rows: Rows) -> Tensor:
+    return x.unflatten(0, (-1, rows.each[2]))
+
+
+def _of_samples(table: Tensor, rows: Rows) -> Tensor:
+    """[S, 1, D], the row of each sample."""
+    index, samples, _ = rows.each
+    return (table[:samples] if index is None else table[index])[:, None]
 
 
 def _by_run(function: Callable[..., Tensor], runs: tuple[tuple[int, int], ...], *streams: Tensor) -> Tensor:

@@ -50,13 +50,15 @@ class MMDiT(nn.Module):
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         """Velocity [n_target, C] of the target tokens, sample after sample (see `Pack.split_targets`)."""
-        ops, pack = self.ops, inputs.pack
-        dtype = self.dtype
+        ops, dtype = self.ops, self.dtype
         if inputs.img.shape[-1] != self.config.in_channels or inputs.txt.shape[-1] != self.config.joint_attention_dim:
             raise ValueError(
                 f"image tokens of {inputs.img.shape[-1]} and text of {inputs.txt.shape[-1]} channels; this model takes "
                 f"{self.config.in_channels} and {self.config.joint_attention_dim}"
             )
+        if ops.shards == 1 and inputs.img.device.type == "cpu":
+            inputs = inputs.evened()
+        pack = inputs.pack
         img = self.img_in(ops.shard_tokens(inputs.img).to(dtype))
         txt = self.txt_in(self.txt_norm(ops.shard_tokens(inputs.txt).to(dtype)))
 
@@ -83,7 +85,7 @@ class MMDiT(nn.Module):
         n_out = pack.n_target if self.ops.shards == 1 else n_img
         rows = (
             Rows.of(pack.target_lengths + pack.reference_lengths, own + clean, n_img, len(like), like),
-            Rows.of([s.txt for s in pack.shapes], own, n_txt, levels, like),
+            Rows.of(pack.text_lengths, own, n_txt, levels, like),
             Rows.of(pack.target_lengths, own, n_out, levels, like),
         )
         if self.ops.shards == 1:

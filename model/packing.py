@@ -21,6 +21,8 @@ from model.rope import sample_positions
 
 PADDED_TO = 32
 """Tokens in whose multiples the lengths of samples are alike enough to be padded to one."""
+EVEN_TO, EVEN_COST = 4, 1.3
+"""Evened texts have a multiple of so many tokens; a pack is not evened if that makes more than this of its tokens."""
 
 Size = tuple[int, int, int]
 """(frames, height, width) in tokens."""
@@ -41,6 +43,17 @@ class SampleShape:
 
 
 @dataclass(frozen=True)
+class Even:
+    """A pack's samples as one batch: each has `text` tokens, padding included, and `image` tokens."""
+
+    samples: int
+    text: int
+    image: int
+    bias: Tensor
+    """[samples, 1, 1, text + image], added to attention's logits: -inf where a key is padding."""
+
+
+@dataclass(frozen=True)
 class Pack:
     """Where each token of a batch belongs. Build it with `Pack.of`; `to` moves its tensors."""
 
@@ -53,6 +66,8 @@ class Pack:
     """[Lt + Li] joint order -> index into cat(text stream, image stream)."""
     cu_seqlens: Tensor
     """int32 [segments + 1] boundaries of the attention segments in joint order, the tail last if there is one."""
+    even: "Even | None" = None
+    """Set if all samples take equally many tokens of each stream."""
 
     @classmethod
     def of(cls, shapes: list[SampleShape], align: int = 16) -> "Pack":
@@ -85,9 +100,46 @@ class Pack:
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         )
 
+    @cached_property
+    def evened(self) -> "tuple[Pack, Tensor] | None":
+        """The same pack with all texts padded to one length, and where in its text stream each text token goes [Lt].
+
+        Both streams are then regular, [samples, tokens], so that nothing needs to be looked up and compiled code meets
+        few shapes. Padding joins the tail. None for one sample, different pictures, or texts too different.
+        """
+        image = math.prod(self.shapes[0].target)
+        if len(self.shapes) == 1 or any(s.references or s.target != self.shapes[0].target for s in self.shapes):
+            return None
+        text = -(-max(s.txt for s in self.shapes) // EVEN_TO) * EVEN_TO
+        count, lengths = len(self.shapes), [s.txt for s in self.shapes]
+        if count * (text + image) > EVEN_COST * sum(s.joint for s in self.shapes):
+            return None
+        real = (torch.arange(text) < torch.tensor(lengths)[:, None]).flatten()
+        places, padding = real.nonzero().flatten(), (~real).nonzero().flatten()
+        own = places.split(lengths)
+        pictures = (count * text + torch.arange(count * image)).split(image)
+        order = [t for sample in zip(own, pictures, strict=True) for t in sample]
+        seen = F.pad(real.unflatten(0, (count, text)), (0, image), value=True)[:, None, None]
+        bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        device, segments = self.txt_pos.device, [s.joint for s in self.shapes] + [len(padding)] * bool(len(padding))
+        pack = Pack(
+            shapes=self.shapes,
+            txt_pos=self.txt_pos.new_zeros(count * text, 3).index_copy_(0, places, self.txt_pos[: len(places)]),
+            img_pos=self.img_pos[: count * image],
+            joint_order=torch.cat([*order, padding]).to(device),
+            cu_seqlens=torch.tensor([0, *segments]).cumsum(0).int().to(device),
+            even=Even(count, text, image, bias.to(device)),
+        )
+        return pack, places.to(device)
+
     @property
     def n_samples(self) -> int:
         return len(self.shapes)
+
+    @cached_property
+    def text_lengths(self) -> list[int]:
+        """Tokens of each sample in the text stream, padding included."""
+        return [s.txt if self.even is None else self.even.text for s in self.shapes]
 
     @cached_property
     def target_lengths(self) -> list[int]:
@@ -106,8 +158,7 @@ class Pack:
     @cached_property
     def segment_lengths(self) -> list[int]:
         """Lengths of the attention segments in joint order, the tail's included."""
-        n = sum(s.joint for s in self.shapes)
-        tail = len(self.joint_order) - n
+        tail = len(self.joint_order) - sum(s.joint for s in self.shapes)
         return [s.joint for s in self.shapes] + ([tail] if tail else [])
 
     @cached_property
@@ -200,6 +251,19 @@ class ModelInputs:
     pack: Pack
     sigma_row: tuple[int, ...] | None = None
     """The row of `sigma` that each sample has (default: its own), so that samples at one noise level share a row."""
+
+    def evened(self) -> "ModelInputs":
+        """The same inputs in the even form of their pack, if it has one."""
+        if self.pack.evened is None:
+            return self
+        pack, places = self.pack.evened
+        txt = self.txt.new_zeros(len(pack.txt_pos), self.txt.shape[1])
+        return replace(
+            self,
+            img=self.img[: len(pack.img_pos)],
+            txt=txt.index_copy(0, places, self.txt[: len(places)]),
+            pack=pack,
+        )
 
     def to(self, device: torch.device | str) -> "ModelInputs":
         moved = {name: getattr(self, name).to(device) for name in ("img", "txt", "sigma")}

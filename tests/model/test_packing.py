@@ -7,7 +7,7 @@ import torch
 from tiny_models import CONFIG, EDIT_2511, case, gradients, random_model, relative, run_ours
 
 from model.attention import joint_attention, padded_attention
-from model.packing import Pack, SampleShape, pack_inputs, patchify, unpatchify
+from model.packing import ModelInputs, Pack, SampleShape, pack_inputs, patchify, unpatchify
 
 MIXED = [
     dict(txt=1, size=(1, 4, 6)),
@@ -107,6 +107,38 @@ def test_padded_attention_is_the_same_and_tails_take_no_part():
         assert (padded[~real] == 0).all()
     dirty = [torch.where(real[:, None, None], x, 1e3) for x in (q, k, v)]
     assert torch.equal(padded_attention(*dirty, pack)[real], results[1][0][real])
+
+
+@pytest.mark.parametrize("config", [CONFIG, EDIT_2511], ids=["plain", "zero_cond_t"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own levels", "shared levels"])
+def test_texts_padded_to_one_length_change_nothing(config, shared, monkeypatch):
+    model = random_model(config)
+    cases = [case(config, txt=txt, size=(1, 3, 4), seed=txt) for txt in (7, 12, 9, 8)]
+    sigma = torch.tensor([0.3, 0.8] if shared else [0.3, 0.8, 0.3, 0.5])
+    inputs = pack_inputs([c.target for c in cases], [c.txt for c in cases], torch.rand(4))
+    inputs = replace(inputs, sigma=sigma, sigma_row=(1, 0, 0, 1) if shared else None)
+    pack, places = inputs.pack.evened
+    assert (pack.even.text, pack.even.image, len(places)) == (12, 12, 36)
+    assert torch.equal(inputs.evened().txt[places], inputs.txt[:36])
+    direction = torch.cat([c.direction for c in cases])
+    results = []
+    for even in (True, False):
+        if not even:
+            monkeypatch.setattr(ModelInputs, "evened", lambda self: self)
+        out = model(inputs)
+        results.append({"": out.detach()} | gradients(model, (out * direction).mean()))
+    for name, value in results[1].items():
+        if value is not None:
+            assert relative(results[0][name], value) < 1e-5, name
+
+
+def test_unlike_samples_are_not_evened():
+    even = lambda *shapes: Pack.of([SampleShape(*s) for s in shapes]).evened is not None  # noqa: E731
+    assert even((7, (1, 4, 4)), (8, (1, 4, 4)))
+    assert not even((7, (1, 4, 4)))
+    assert not even((7, (1, 4, 4)), (8, (1, 4, 5)))
+    assert not even((7, (1, 4, 4)), (80, (1, 4, 4)))
+    assert not even((7, (1, 4, 4)), (7, (1, 4, 4), ((1, 2, 2),)))
 
 
 def test_joint_order_is_sample_by_sample():

@@ -95,8 +95,11 @@ class MegatronOps(Ops):
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.layout.tp_group)
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.layout.cp_group)
 
-    @torch.compiler.disable  # segment lengths differ from batch to batch; what is before and after compiles once
     def attention(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+        return joint_attention(q, k, v, pack) if pack.even is not None else self._uneven_attention(q, k, v, pack)
+
+    @torch.compiler.disable  # segment lengths differ from batch to batch; what is before and after compiles once
+    def _uneven_attention(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
         cp = self.layout.cp_size
         if cp == 1 and self.varlen_attention is varlen_attention:
             return joint_attention(q, k, v, pack)
