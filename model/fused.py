@@ -34,8 +34,13 @@ class Rows:
     equally many and there is no tail."""
 
     @classmethod
-    def of(cls, lengths: list[int], rows: list[int], total: int, n_rows: int, like: Tensor) -> "Rows":
-        """Rows of consecutive runs of `lengths` in a stream of `total` tokens; `like` gives device and dtype."""
+    def of(
+        cls, lengths: list[int], rows: list[int], total: int, n_rows: int, like: Tensor, whole: bool = True
+    ) -> "Rows":
+        """Rows of consecutive runs of `lengths` in a stream of `total` tokens; `like` gives device and dtype.
+
+        Not `whole`: the stream is cut later, for which the product is needed.
+        """
         tail = total - sum(lengths)
         runs: list[tuple[int, int]] = []
         for length, row in [*zip(lengths, rows, strict=True), (tail, rows[-1])]:
@@ -43,7 +48,7 @@ class Rows:
                 runs[-1] = (runs[-1][0] + length, row)
             elif length:
                 runs.append((length, row))
-        if like.device.type == "cpu" and len(set(lengths)) == 1 and not tail and total < MIN_RUN * len(runs):
+        if whole and like.device.type == "cpu" and len(set(lengths)) == 1 and not tail and total < MIN_RUN * len(runs):
             in_order = rows == list(range(len(rows)))
             return cls(like.new_empty(0), None, (None if in_order else torch.tensor(rows), len(rows), lengths[0]))
         index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))

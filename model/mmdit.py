@@ -82,13 +82,14 @@ class MMDiT(nn.Module):
         own = list(inputs.sigma_row or range(pack.n_samples))
         clean = [row + levels for row in own] if self.config.zero_cond_t else own
         n_img, n_txt = len(inputs.img), len(inputs.txt)
-        n_out = pack.n_target if self.ops.shards == 1 else n_img
+        whole = self.ops.shards == 1
+        n_out = pack.n_target if whole else n_img
         rows = (
-            Rows.of(pack.target_lengths + pack.reference_lengths, own + clean, n_img, len(like), like),
-            Rows.of(pack.text_lengths, own, n_txt, levels, like),
-            Rows.of(pack.target_lengths, own, n_out, levels, like),
+            Rows.of(pack.target_lengths + pack.reference_lengths, own + clean, n_img, len(like), like, whole),
+            Rows.of(pack.text_lengths, own, n_txt, levels, like, whole),
+            Rows.of(pack.target_lengths, own, n_out, levels, like, whole),
         )
-        if self.ops.shards == 1:
+        if whole:
             return rows
         return tuple(Rows(self.ops.shard_tokens(r.one_hot), None) for r in rows)
 
