@@ -31,6 +31,8 @@ class Config:
     text_steps: int = 0
     """Steps that the text encoder is trained for on captions of the shapes world (300: it understands them). 0 leaves
     it random."""
+    video: bool = True
+    """Take the VAE's video decoder too."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in the files."""
 
@@ -46,7 +48,7 @@ def main(config: Config) -> None:
     if config.copy is None:
         make_text_encoder(config, temporary)
     for part in VAES if config.copy is None else (*VAES, *PARTS):
-        if (source / part).is_dir():
+        if (source / part).is_dir() and (config.video or part != "vae_video"):
             shutil.copytree(source / part, temporary / part)
     if config.copy or config.dtype == "bfloat16":
         cast(temporary, config.dtype)

@@ -1,9 +1,14 @@
 """The demo's stages as data: which commands run, in which order, with which lengths. Imports no torch."""
 
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from training.source import BASE, TOY_SIDE_PX
+
+GUIDANCE = 2.5
+"""Of the pictures that are shown and judged: the best of 1, 2.5 and 4 on validation prompts."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,9 @@ class Recipe:
     grpo_steps: int
     sample_steps: int
     """Denoising steps of the pictures in the report."""
-    validate: bool
-    """Whether every trainer draws frozen prompts at its end, which the judge scores."""
+    test_prompts: int
+    """Test prompts, two pictures each, by which the first and the last model are judged; trainers draw some validation
+    prompts at their end. 0 for neither."""
 
 
 RECIPES = {
@@ -55,26 +61,26 @@ RECIPES = {
         dpo_steps=6,
         grpo_steps=3,
         sample_steps=10,
-        validate=False,
+        test_prompts=0,
     ),
     "demo": Recipe(
-        pictures=16000,
-        kinds="square-shapes:20,text,photo",
+        pictures=20000,
+        kinds="square-shapes",
         picture_px=96,
         components=BASE,
         vae_steps=0,
         image_decoder_steps=0,
-        batch_size=64,
-        steps_256=2000,
-        steps_640=240,
-        flags_256=("--lr", "4e-3", "--muon-lr", ".04", "--warmup-steps", "50", "--ema-decay", ".998"),
-        flags_640=("--lr", "1e-3", "--muon-lr", ".01"),
-        sft_steps=40,
+        batch_size=128,
+        steps_256=2200,
+        steps_640=300,
+        flags_256=("--lr", "4e-3", "--muon-lr", ".05", "--warmup-steps", "50", "--ema-decay", ".997"),
+        flags_640=("--lr", "2e-3", "--muon-lr", ".02"),
+        sft_steps=20,
         dpo_pairs=96,
-        dpo_steps=40,
-        grpo_steps=20,
-        sample_steps=30,
-        validate=True,
+        dpo_steps=20,
+        grpo_steps=12,
+        sample_steps=20,
+        test_prompts=400,
     ),
 }
 
@@ -102,6 +108,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
 
     def page(after: str) -> Stage:
         command = ["demo/report.py", "--line", str(out), "--steps", str(recipe.sample_steps)]
+        command += ["--cfg-scale", str(GUIDANCE)]
         return Stage(f"report-{after}", f"the page so far, after {after}", command, report / "index.html")
 
     def vae(name: str, purpose: str, decoder: str, steps: int, *more: object) -> Stage:
@@ -127,20 +134,27 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
 
     def train(name: str, purpose: str, script: str, steps: int, *more: object) -> Stage:
         common = [script, "--components", components, "--steps", steps, "--out", out / name]
-        common += ["--validate-every", steps if recipe.validate else 0]
+        common += ["--validate-every", steps if recipe.test_prompts else 0]
         return stage(name, purpose, *common, *more)
 
     def pretrain(res: int, steps: int, *more: object) -> Stage:
         where = ["--res", res, "--preset", "tiny", "--data", encoded[res], "--batch-size", recipe.batch_size]
         where += ["--sample-every", steps, "--schedule", "cosine"]
         if recipe.components is not None:
-            where += ["--dtype", fast_dtype()]
+            where += ["--max-tokens", 16384, "--save-every", 250, "--final-lr-ratio", 0.01, *fast_flags(data is None)]
         return train(f"pretrain-{res}", f"flow matching, stage {res}", "pretrain/stage.py", steps, *where, *more)
+
+    def judge(run: str) -> list[Stage]:
+        if not recipe.test_prompts or data is not None:
+            return []
+        common = ["evaluation/__main__.py", "--checkpoint", out / run, "--split", "test-iid", "--images-per-prompt", 2]
+        common += ["--limit", recipe.test_prompts, "--steps", recipe.sample_steps, "--cfg-scale", GUIDANCE]
+        return [stage(f"judge-{run}", f"test prompts, drawn by {run} and judged", *common, "--output", out / "judged")]
 
     if data is None:
         draw = ["data_pipeline/synthesize.py", "--kinds", recipe.kinds]
         draw += ["--count", recipe.pictures, "--size", recipe.picture_px, "--out", raw]
-        source = stage("data", "words in real fonts, shapes, crops of photographs", *draw)
+        source = stage("data", f"synthetic pictures: {recipe.kinds}", *draw)
     else:
         source = stage("data", f"pictures of {data}", "data_pipeline/ingest.py", "--data", data, "--out", raw)
     last, export = out / "grpo", out / "export"
@@ -163,12 +177,14 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         produce(256),
         produce(640),
         pretrain(256, recipe.steps_256, *recipe.flags_256),
+        *judge("pretrain-256"),
         page("pretrain-256"),
         pretrain(640, recipe.steps_640, "--init", out / "pretrain-256", *recipe.flags_640),
         train("sft", "supervised fine-tuning", "posttrain/sft.py", recipe.sft_steps, *sft_data),
         train("dpo", "direct preference optimisation", "posttrain/dpo.py", recipe.dpo_steps,
               "--init", out / "sft", "--num-pairs", recipe.dpo_pairs),
         train("grpo", "Flow-GRPO", "posttrain/flow_grpo.py", recipe.grpo_steps, "--init", out / "dpo"),
+        *judge("grpo"),
         stage("export", "a diffusers folder", "model/export.py", "--checkpoint", last, "--output", export),
         stage("compare", "diffusers draws the same", "demo/compare.py", "--checkpoint", last,
               "--export", export, "--out", report / "compare.json"),
@@ -178,18 +194,38 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
 
 def base_stages(out: Path) -> list[Stage]:
     """The commands that make, in `out`/base, what is shipped in BASE."""
-    raw, base = out / "raw", out / "base"
+    raw, components, world, encoded, run = (out / name for name in ("raw", "components", "world", "encoded", "run"))
     draw = ["data_pipeline/synthesize.py", "--kinds", "square-shapes:8,text,photo", "--count", 8000, "--size", 64]
     common = ["--preset", "tiny", "--data", raw, "--size", 64, "--crop", 64, "--batch-size", 24, "--save-every", 300]
     base_vae = ["vae/train.py", "--recipe", "base", *common, "--clip-share", 0.05, "--steps", 1500]
     decoder = ["vae/train.py", "--recipe", "image-decoder", *common, "--steps", 600, "--init", out / "vae"]
-    put = ["demo/components.py", "--vae", out / "image-decoder", "--text-steps", 300, "--dtype", "bfloat16"]
+    put = ["demo/components.py", "--vae", out / "image-decoder", "--text-steps", 300, "--no-video"]
+    shapes = ["data_pipeline/synthesize.py", "--kinds", "square-shapes", "--count", 64000, "--size", 64, "--seed", 5]
+    train = ["pretrain/stage.py", "--res", 256, "--preset", "tiny", "--data", encoded, "--components", components]
+    train += ["--batch-size", 128, "--max-tokens", 8192, "--steps", 5000, "--lr", "4e-3", "--muon-lr", ".05"]
+    train += ["--warmup-steps", 50, "--schedule", "cosine", "--final-lr-ratio", 0.01, "--ema-decay", ".997"]
+    train += ["--save-every", 500, "--validate-every", 1000, "--sample-every", 1000, *fast_flags()]
+    export = ["model/export.py", "--checkpoint", run, "--dtype", "bfloat16", "--output", out / "base"]
     return [
         stage("data", "whole pictures at 64 px", *draw, "--seed", 11, "--out", raw),
         stage("vae", "encoder and video decoder", *base_vae, "--out", out / "vae"),
         stage("image-decoder", "encoder frozen", *decoder, "--out", out / "image-decoder"),
-        replace(stage("components", "the text encoder learns to read", *put, "--out", base), page=base),
-    ]
+        stage("components", "the text encoder learns to read", *put, "--dtype", "bfloat16", "--out", components),
+        stage("world", "shapes to learn from", *shapes, "--out", world),
+        stage("produce", "their text and latents", "data_pipeline/produce.py", "--data", world,
+              "--components", components, "--res", 64, "--out", encoded),
+        stage("pretrain", "flow matching", *train, "--out", run),
+        replace(stage("export", "what is shipped", *export), page=out / "base"),
+    ]  # fmt: skip
+
+
+def fast_flags(alike: bool = True) -> list[str]:
+    """Flags that make training on this machine faster: `fast_dtype`, and compiled blocks for pictures that are alike.
+
+    Compiling takes a compiler, and no space in the path of Python's libraries, which torch's generator does not quote.
+    """
+    compiles = alike and (shutil.which("c++") or shutil.which("g++")) and " " not in sys.prefix
+    return ["--dtype", fast_dtype(), *(["--compile"] if compiles else [])]
 
 
 def fast_dtype() -> str:

@@ -16,6 +16,15 @@ except ModuleNotFoundError as missing:
 
 MODELS = ["pretrain-256", "pretrain-640", "sft", "dpo", "grpo"]
 TRAINED = ["vae", "image-decoder", *MODELS]
+PURPOSES = {
+    "pretrain-256": "Small pictures are cheap: here the model learns what words mean and where things go. Most of the "
+    "line's time is spent on it.",
+    "pretrain-640": "Larger pictures, from the weights before. What is new is how much a token shows, and detail.",
+    "sft": "The same loss on chosen data. It moves the model towards the pictures that one wants.",
+    "dpo": "Pairs of its own pictures, of which a reward prefers one. The better becomes likelier, against the worse.",
+    "grpo": "Groups of its own pictures, compared by a reward. It learns from its own mistakes, which no data shows.",
+}
+"""What each stage is for."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +154,37 @@ def stage_table(line: Path) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def judged(line: Path) -> dict[str, dict]:
+    """Of every model that was judged on test prompts: each rule's value with its interval, by kind of prompt too, and
+    the same for true pictures through the VAE (ceiling) and the best constant picture (constant)."""
+    found = {}
+    for name in MODELS:
+        for file in (line / "judged").glob(f"*{name}-*/scores.json"):
+            suite = json.loads(file.read_text())["suites"]["shapes/test-iid"]
+            found[name] = {rule: suite["scores"][rule] for rule in ("strict", "official")}
+    return found
+
+
+def metrics(line: Path) -> dict[str, dict]:
+    """What the line reached, and no times: two runs of one recipe and seed write the same."""
+    last = {name: read_rows(line / name / "validation.jsonl")[-1:] for name in MODELS}
+    return {"test": judged(line), "validation": {name: rows[0] for name, rows in last.items() if rows}}
+
+
 def main(config: Config) -> None:
     if not (config.line / "data" / "raw").is_dir():
         raise UserError(f"{config.line} holds no line yet; run `make quick` first")
     import jinja2
 
     from demo.pictures import contact_sheet, data_uri, decode, stack
-    from files import atomic_file
+    from files import atomic_file, write_json
 
     samples, folder = raw_samples(config.line), config.line / "report"
     folder.mkdir(parents=True, exist_ok=True)
     sheets = [contact_sheet([decode(s.image) for s in spread(samples, 24)], 12, 96)]
-    page = {"stages": stage_table(config.line), "name": config.line.name, "config": config}
+    page = {"stages": stage_table(config.line), "name": config.line.name, "config": config, "purposes": PURPOSES}
+    page["judged"] = judged(config.line)
+    write_json(folder / "metrics.json", metrics(config.line))
     page["data"] = data_uri(contact_sheet([decode(s.image) for s in spread(samples, 48)], 12, 96))
     if found := reconstructions(config.line, samples):
         picture, page["reconstruction_rows"] = found

@@ -34,8 +34,8 @@ class Config:
     """Two or more of these instead: each is compared with the first, on the same prompts and seeds."""
     suite: tuple[SuiteName, ...] = ("shapes",)
     """What to measure. dpg, oneig, drawbench, imgedit, gedit are judged through --server; geneval needs --detector."""
-    split: Literal["validation", "test"] = "test"
-    """Prompts of the shapes world: select on validation, test once."""
+    split: Literal["validation", "test", "test-iid", "test-compositional"] = "test"
+    """Prompts of the shapes world: select on validation, test once (on both of test's kinds, or one)."""
     prompts: Path | None = None
     """Files of the one suite that is to read them: as their authors publish them (text has embedded ones)."""
     limit: int | None = None
