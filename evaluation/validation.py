@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,12 +31,13 @@ class ShapesValidation:
         self._prompts, self.seeds = [p for p, _ in drawn], [s for _, s in drawn]
         self.texts = [p.text for p in self._prompts]
 
-    def score(self, images: list[np.ndarray]) -> dict[str, float]:
+    def score(self, images: list[np.ndarray]) -> dict[str, Any]:
         """Judge the uint8 pictures [h, w, 3] of all texts.
 
         Returns {"strict", "strict_low", "strict_high"} (the judge's strict verdicts: mean over tags with its 95 %
         interval, clustered by prompt), {"strict_floor"} (of the best constant picture), the same for "official",
-        GenEval's rule, {"reward"} (by the reward's detector) and {"strict/TAG"}.
+        GenEval's rule, {"reward"} (by the reward's detector), {"strict/TAG"}, and {"each"}: prompt, tag and verdicts of
+        every picture.
         """
         rows = self._suite.score(images, self._prompts)
         names, strata = [p.id for p in self._prompts], [p.stratum for p in self._prompts]
@@ -48,7 +50,15 @@ class ShapesValidation:
         for tag in dict.fromkeys(strata):
             values = [v for v, s in zip(rows["strict"], strata, strict=True) if s == tag]
             result[f"strict/{tag}"] = sum(values) / len(values)
-        return result
+        judged = {rule: rows[rule] for rule in ("strict", "official", "reward")}
+        return {**result, "each": {"prompt": names, "stratum": strata, **judged}}
+
+
+class WholeShapesValidation(ShapesValidation):
+    """All prompts of the validation split, enough to tell a tenth's gain."""
+
+    def __init__(self):
+        super().__init__(n=200)
 
 
 @functools.cache
@@ -62,7 +72,7 @@ def _floor(split: str, rule: str, n: int, size: tuple[int, int]) -> float:
 
 def score(
     generate: Generate, split: str = "validation", n: int | None = None, seeds: Sequence[int] = (0,)
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Scores of whatever draws: the first `n` prompts of a split, each with every seed (see `ShapesValidation`)."""
     validation = ShapesValidation(split, n, seeds)
     return validation.score(generate(validation.texts, validation.seeds))

@@ -1,6 +1,8 @@
 """Prompt (and pictures) to picture: condition encoder, MMDiT and VAE composed."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 16
+DECODED_TOGETHER = 2**16
+"""Elements of latents that are decoded at once: 64 pictures of 64 pixels, one of 512."""
 
 
 @dataclass
@@ -60,7 +64,7 @@ class TextToImage:
 
     def pictures(self, requests: list[Request]) -> list[np.ndarray]:
         """uint8 pictures [H, W, 3] of requests."""
-        return [to_uint8(self.decode(latent)) for latent in self.latents(requests)]
+        return [to_uint8(picture) for picture in self.decode(self.latents(requests))]
 
     def latents(self, requests: list[Request]) -> list[Tensor]:
         """Latents [16, 1, H/8, W/8] of requests."""
@@ -88,14 +92,19 @@ class TextToImage:
         return self.vae.encode_latent(_pixels(np.asarray(resized)).to(self.device))[0].float()
 
     @torch.no_grad()
-    def decode(self, latent: Tensor) -> Tensor:
-        """Picture [3, H, W] in [-1, 1], fp32, of a latent [16, 1, h, w]."""
-        return self.vae.decode_latent(latent[None])[0, :, 0].float()
+    def decode(self, latents: list[Tensor]) -> Iterator[Tensor]:
+        """Pictures [3, H, W] in [-1, 1], fp32, of latents [16, 1, h, w]; small ones of one size together."""
+        for _, alike in groupby(latents, lambda latent: latent.shape):
+            alike = list(alike)
+            together = max(1, DECODED_TOGETHER // alike[0].numel())
+            for start in range(0, len(alike), together):
+                yield from self.vae.decode_latent(torch.stack(alike[start : start + together]))[:, :, 0].float()
 
     @torch.no_grad()
     def reconstruct(self, picture: np.ndarray) -> np.ndarray:
         """A picture, uint8 [H, W, 3], through the VAE and back: the best that any latent gives."""
-        return to_uint8(self.decode(self.vae.encode_latent(_pixels(picture).to(self.device))[0].float()))
+        (decoded,) = self.decode([self.vae.encode_latent(_pixels(picture).to(self.device))[0].float()])
+        return to_uint8(decoded)
 
 
 def _pixels(picture: np.ndarray) -> Tensor:

@@ -109,7 +109,7 @@ class PairDrawing:
         keys = [f"{prompt.key}#{i}" for i in range(self.pictures)]
         requests = [Request(condition, self.rng.normal(key, 0, "preference", (16, 1, side, side))) for key in keys]
         latents = painter.latents([r.to(painter.device) for r in requests])
-        images = [to_uint8(painter.decode(latent)) for latent in latents]
+        images = [to_uint8(picture) for picture in painter.decode(latents)]
         rewards = self.reward(images, [prompt.text] * self.pictures, [prompt.metadata] * self.pictures)["reward"]
         if (chosen := best_and_worst(rewards, self.min_gap)) is None:
             return

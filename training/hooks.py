@@ -1,7 +1,7 @@
 """What a trainer does every so many steps: pictures of its moving average, and scores of pictures."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from files import atomic_file
 from model.generator import Generator
@@ -24,6 +24,8 @@ class SampleHook:
     studio: Studio
     requests: "list[Request]"
     sampler: "Sampler"
+    first: bool = False
+    """Also before the first step."""
 
     def __call__(self, engine: "Engine", step: int) -> None:
         pictures = self.studio.shared_pictures(self.requests, self.sampler, "ema")
@@ -39,8 +41,9 @@ class Validation(Protocol):
     seeds: list[int]
     """One for each text."""
 
-    def score(self, images: "list[np.ndarray]") -> dict[str, float]:
-        """Scores by name of the uint8 pictures [H, W, 3] of all texts."""
+    def score(self, images: "list[np.ndarray]") -> dict[str, Any]:
+        """Scores by name of the uint8 pictures [H, W, 3] of all texts; "each", if there, is kept in a file of its own:
+        lists with an entry a picture, for comparisons."""
 
 
 @dataclass
@@ -52,12 +55,17 @@ class ValidationHook:
     generator: Generator
     validation: Validation
     side_px: int
+    first: bool = False
 
     def __call__(self, engine: "Engine", step: int) -> None:
         texts, seeds = self.validation.texts, self.validation.seeds
         pictures = self.generator.generate(texts, [(self.side_px, self.side_px)] * len(texts), seeds)
         if self.run.writes:
-            self.run.log_validation(step, self.validation.score(pictures))
+            scores = dict(self.validation.score(pictures))
+            each = scores.pop("each", None)
+            if each is not None:
+                self.run.keep_each(step, each)
+            self.run.log_validation(step, scores)
 
 
 def _row(pictures: "list[np.ndarray]"):

@@ -40,6 +40,8 @@ class Hook(Protocol):
     """Something done every so many steps and after the last, on all ranks: samples, validation."""
 
     every: int
+    first: bool
+    """Whether it is done before the first step, too."""
 
     def __call__(self, engine: "Engine", step: int) -> None: ...
 
@@ -65,6 +67,10 @@ def train(
     run.open(engine.step_count)
     saved = engine.step_count if cursor is not None else None
 
+    for hook in hooks if engine.step_count == 0 else ():
+        if hook.first:
+            hook(engine, 0)
+            engine.frozen.release()
     with progress(config.steps, run.path.name, "step", engine.step_count) as bar, interruptions() as interrupted:
         while engine.step_count < config.steps:
             begin = time.perf_counter()

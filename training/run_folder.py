@@ -4,6 +4,7 @@ config.toml      every setting, resolved; `--config` takes it back
 metrics.jsonl    one row a step, equal to that of a run that was never interrupted (so it holds no times)
 validation.jsonl one row a validation: scores of pictures of frozen prompts, drawn by the moving average
 tensorboard/     the same, and speed
+validation/      what each picture of a validation was given
 samples/         pictures
 checkpoints/     step_00001000/ ...
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import read_toml, write_toml
-from files import atomic_file
+from files import atomic_file, write_json
 
 HARMLESS = {"steps", "save_every", "keep", "sample_every", "validate_every", "validation", "out", "seeds", "dry_run"}
 """Settings that a run may change on its way without being another run."""
@@ -53,7 +54,7 @@ class RunFolder:
         _replace(file, kept)
         if self._validation.exists():
             rows = self._validation.read_text().splitlines(keepends=True)
-            _replace(self._validation, [row for row in rows if json.loads(row)["step"] <= step])
+            _replace(self._validation, [row for row in rows if json.loads(row)["step"] <= step and step])
         self._metrics = file.open("a")
         self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
@@ -74,6 +75,12 @@ class RunFolder:
             file.write(_row(step, scores))
         for name, value in scores.items():
             self._board.add_scalar(f"validation/{name}", value, step)
+
+    def keep_each(self, step: int, each: dict[str, list]) -> None:
+        """Keep what each picture of a validation was given."""
+        if self.writes:
+            (self.path / "validation").mkdir(exist_ok=True)
+            write_json(self.path / "validation" / f"step_{step:08d}.json", each)
 
     def sync(self) -> None:
         """Bring all rows to disk, as before a checkpoint that relies on them."""

@@ -62,6 +62,8 @@ class RunConfig:
     """Print the plan, do nothing."""
 
     NAME: ClassVar[str] = "posttrain"
+    MEASURES_FIRST: ClassVar[bool] = False
+    """Whether samples and validations are made before the first step, too."""
     TOY: ClassVar[dict[str, Any]] = {}
     """What differs for a model of toy size."""
 
@@ -96,6 +98,11 @@ class RunConfig:
     def model(self) -> MMDiTConfig:
         """Config of the model to train."""
         return look(self.init).model_config()
+
+    @property
+    def guidance(self) -> float:
+        """Guidance of samples and validations."""
+        return getattr(self, "cfg_scale", 4.0)
 
     def side_px(self) -> int:
         """Side of the square whose area the run's pictures have; validation draws at it."""
@@ -204,6 +211,8 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
     train(engine, trainer, batches, config.loop, run_folder, _hooks(config, trainer, run_folder))
     if hasattr(batches, "close"):
         batches.close()
+    if hasattr(trainer, "finished") and engine.rank == 0:
+        trainer.finished(run_folder.path)
 
 
 def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
@@ -215,12 +224,13 @@ def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
 
     if config.components is None:
         return []
-    studio, sampler = trainer.studio, Sampler(FixedSchedule(20))
-    hooks: list[Any] = [SampleHook(config.sample_every, run_folder, studio, trainer.shown(), sampler)]
+    studio, first = trainer.studio, config.MEASURES_FIRST
+    sampler = Sampler(FixedSchedule(20), cfg_scale=config.guidance)
+    hooks: list[Any] = [SampleHook(config.sample_every, run_folder, studio, trainer.shown(), sampler, first)]
     if config.validation and config.validate_every and studio.has_text_encoder:
         validation = load_named(config.validation)()
         generator = SharedGenerator(studio, validation.texts, sampler)
-        hooks.append(ValidationHook(config.validate_every, run_folder, generator, validation, config.side_px()))
+        hooks.append(ValidationHook(config.validate_every, run_folder, generator, validation, config.side_px(), first))
     return hooks
 
 

@@ -8,6 +8,7 @@ Shape legend: G pictures of a group.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +76,12 @@ class RolloutTrainer:
         conditions = self.studio.conditions(texts)
         return [Request(c, self.noise(f"sample-{i}", 0, "sample", Randomness(0))) for i, c in enumerate(conditions)]
 
+    def finished(self, run: Path) -> None:
+        """Make the run's page."""
+        from posttrain.rollout.page import write_page
+
+        print(f"open {write_page(run)}", flush=True)
+
     def noise(self, key: str, epoch: int, purpose: str, rng: Randomness | None = None) -> Tensor:
         """The start of a square picture, [16, 1, side, side]."""
         side = self.config.size_px // PIXELS_PER_LATENT
@@ -131,7 +138,7 @@ class Rollouts:
         drawn, groups = painter.sampler.draw(painter.velocity, requests), []
         for n, ((prompt, epoch), condition) in enumerate(zip(prompts, conditions, strict=True)):
             latents = drawn.latents[n * size : (n + 1) * size]
-            images = [to_uint8(painter.decode(latent)) for latent in latents]
+            images = [to_uint8(picture) for picture in painter.decode(latents)]
             groups.append(Group(prompt, epoch, condition, latents, images))
         return groups, drawn.transitions
 

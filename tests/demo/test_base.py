@@ -1,4 +1,4 @@
-"""The shipped components: whole, small, and good enough not to be what limits a model."""
+"""The shipped base: whole, small, and it draws what it is asked for."""
 
 import json
 
@@ -10,17 +10,24 @@ from safetensors.torch import load_file
 from command_line import UserError
 from demo import line
 from demo.components import Config, main
-from demo.recipes import BASE
 from evaluation.suites import ShapesSuite
 from model.conditioner import Conditioner
+from model.sampling.draw import Sampler
+from model.sampling.schedule import FixedSchedule
+from training.loading import load
+from training.source import BASE
 from vae.autoencoder import VAE
 
 
-def test_they_are_small_and_whole():
-    assert sum(p.stat().st_size for p in BASE.rglob("*") if p.is_file()) < 5e6
-    conditioner, vae = Conditioner.from_folder(BASE), VAE.from_folder(BASE)
-    (hidden,) = conditioner.encode(["a red star above a blue circle"])
-    assert hidden.shape[-1] == 128 and vae.video_decoder is not None
+def test_it_is_small_and_draws_what_it_is_asked_for():
+    assert sum(p.stat().st_size for p in BASE.rglob("*") if p.is_file()) < 20e6
+    suite = ShapesSuite("validation")
+    singles = [p for p in suite.prompts if p.stratum in ("single_object", "colors")]
+    painter = load(BASE, sampler=Sampler(FixedSchedule(12), cfg_scale=2.5))
+    pictures = painter.generate([p.text for p in singles], [(64, 64)] * len(singles), list(range(len(singles))))
+    assert np.mean(suite.score(pictures, singles)["strict"]) >= 0.6
+    others = singles[1:] + singles[:1]
+    assert np.mean(suite.score(pictures, others)["strict"]) <= 0.2
 
 
 @pytest.mark.parametrize("side", [64, 96])
