@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from training.engine.config import fast_dtype
 from training.source import BASE, TOY_SIDE_PX
 
 GUIDANCE = 2.5
@@ -36,6 +37,7 @@ class Recipe:
     dpo_pairs: int
     dpo_steps: int
     grpo_steps: int
+    flags_grpo: tuple[str, ...]
     sample_steps: int
     """Denoising steps of the pictures in the report."""
     test_prompts: int
@@ -60,6 +62,7 @@ RECIPES = {
         dpo_pairs=12,
         dpo_steps=6,
         grpo_steps=3,
+        flags_grpo=("--prompts-per-update", "2", "--cfg-scale", "4"),
         sample_steps=10,
         test_prompts=0,
     ),
@@ -79,6 +82,7 @@ RECIPES = {
         dpo_pairs=96,
         dpo_steps=20,
         grpo_steps=12,
+        flags_grpo=("--validation", "evaluation.validation:ShapesValidation"),
         sample_steps=20,
         test_prompts=400,
     ),
@@ -183,7 +187,8 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         train("sft", "supervised fine-tuning", "posttrain/sft.py", recipe.sft_steps, *sft_data),
         train("dpo", "direct preference optimisation", "posttrain/dpo.py", recipe.dpo_steps,
               "--init", out / "sft", "--num-pairs", recipe.dpo_pairs),
-        train("grpo", "Flow-GRPO", "posttrain/flow_grpo.py", recipe.grpo_steps, "--init", out / "dpo"),
+        train("grpo", "Flow-GRPO", "posttrain/flow_grpo.py", recipe.grpo_steps,
+              "--init", out / "dpo", *recipe.flags_grpo),
         *judge("grpo"),
         stage("export", "a diffusers folder", "model/export.py", "--checkpoint", last, "--output", export),
         stage("compare", "diffusers draws the same", "demo/compare.py", "--checkpoint", last,
@@ -226,9 +231,3 @@ def fast_flags(alike: bool = True) -> list[str]:
     """
     compiles = alike and (shutil.which("c++") or shutil.which("g++")) and " " not in sys.prefix
     return ["--dtype", fast_dtype(), *(["--compile"] if compiles else [])]
-
-
-def fast_dtype() -> str:
-    """bfloat16 on a CPU that multiplies it in hardware (AMX), else float32."""
-    cpu = Path("/proc/cpuinfo")
-    return "bfloat16" if cpu.exists() and "amx_bf16" in cpu.read_text() else "float32"

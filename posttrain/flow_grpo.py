@@ -13,7 +13,7 @@ try:
     import tyro
 
     from posttrain.rollout.config import RolloutConfig
-    from training.engine.config import EngineConfig
+    from training.engine.config import EngineConfig, fast_dtype
     from training.loop import LoopConfig
     from training.start import optimizer, start, toy_optimizer
 except ModuleNotFoundError as missing:
@@ -38,7 +38,9 @@ class Config(RolloutConfig):
 
     NAME: ClassVar = "grpo"
     TOY: ClassVar = dict(
-        prompts_per_update=2, group=12, loop=LoopConfig(10, save_every=5), engine=toy_optimizer(1e-4)
+        prompts_per_update=24, group=12, sampling_steps=8, cfg_scale=1.0, beta=0.001, max_tokens=16384,
+        loop=LoopConfig(100, save_every=25), engine=toy_optimizer(5e-4, fast_dtype()),
+        sample_every=25, validate_every=50, validation="evaluation.validation:WholeShapesValidation",
     )  # fmt: skip
 
     def completed(self) -> "Config":

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, Self
 
 import tyro
 
@@ -122,9 +122,9 @@ def optimizer(lr: float, warmup_steps: int = 20, ema_decay: float = 0.999) -> En
     return EngineConfig(optimizer=OptimizerConfig(lr=lr, warmup_steps=warmup_steps), ema_decay=ema_decay)
 
 
-def toy_optimizer(lr: float) -> EngineConfig:
+def toy_optimizer(lr: float, dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> EngineConfig:
     """The same for short runs of a tiny model."""
-    return optimizer(lr, warmup_steps=0, ema_decay=0.9)
+    return replace(optimizer(lr, warmup_steps=0, ema_decay=0.9), dtype=dtype)
 
 
 def picture_side(size_px: int | None, source: Path) -> int:

@@ -58,6 +58,6 @@ def run_entry(rank: int, name: str, steps: int, save_every: int, lr: float = 1e-
     config = replace(
         config,
         loop=replace(config.loop, steps=steps, save_every=save_every),
-        engine=replace(config.engine, optimizer=OptimizerConfig(lr=lr, warmup_steps=0), ema_decay=0.9),
+        engine=EngineConfig(optimizer=OptimizerConfig(lr=lr, warmup_steps=0), ema_decay=0.9),
     )
     main(config, trainer)

@@ -50,14 +50,17 @@ def test_a_resumed_run_validates_no_step_twice(components, init, tmp_path):
         run_world(1, entry, steps, settings, deadline_s=300)
         return [json.loads(r)["step"] for r in (tmp_path / "grpo" / "validation.jsonl").read_text().splitlines()]
 
-    assert run(1) == [1]
+    assert run(1) == [0, 1]
     with (tmp_path / "grpo" / "validation.jsonl").open("a") as file:
         file.write('{"step": 9, "strict": 1.0}\n')  # of a run that died before it saved step 9
-    assert run(2) == [1, 2]
+    assert run(2) == [0, 1, 2]
+    gains = json.loads((tmp_path / "grpo" / "gains.json").read_text())
+    assert gains["strict"]["n"] == 3 and "What it gained" in (tmp_path / "grpo" / "index.html").read_text()
 
 
 def entry(rank: int, steps: int, settings: dict) -> None:
     import evaluation.validation as validation
 
     validation.PROMPTS = 3
-    run_entry(rank, "flow_grpo", steps, 1, validate_every=1, **settings)
+    few = "evaluation.validation:ShapesValidation"
+    run_entry(rank, "flow_grpo", steps, 1, validate_every=1, validation=few, **settings)

@@ -1,6 +1,7 @@
 """Settings of the engine. Imports no torch: `--help` reads it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -51,6 +52,12 @@ class OptimizerConfig:
             return self.lr
         done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
         return self.lr * (self.final_lr_ratio + (1 - self.final_lr_ratio) * 0.5 * (1 + cos(pi * done)))
+
+
+def fast_dtype() -> Literal["float32", "bfloat16"]:
+    """bfloat16 on a CPU that multiplies it in hardware (AMX), else float32."""
+    cpu = Path("/proc/cpuinfo")
+    return "bfloat16" if cpu.exists() and "amx_bf16" in cpu.read_text() else "float32"
 
 
 @dataclass(frozen=True)
