@@ -71,6 +71,8 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if len(config.compare) == 1:
+        raise UserError("--compare needs two models or more")
     if config.height is None or config.width is None:
         side = look((config.compare or (config.checkpoint,))[0]).side_px()
         config = replace(config, height=config.height or side, width=config.width or side)
@@ -119,8 +121,6 @@ def main(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    if len(config.compare) == 1:
-        raise UserError("--compare needs two models or more")
     if config.height % 16 or config.width % 16 or min(config.height, config.width) < 16:
         raise UserError(f"{config.height} x {config.width} pixels: both sides must be positive multiples of 16")
     if config.images_per_prompt < 1 or config.steps < 2 or (config.limit is not None and config.limit < 2):

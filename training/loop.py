@@ -40,8 +40,7 @@ class Hook(Protocol):
     """Something done every so many steps and after the last, on all ranks: samples, validation."""
 
     every: int
-    first: bool
-    """Whether it is done before the first step, too."""
+    """One that has `first`, and true, is done before the first step, too."""
 
     def __call__(self, engine: "Engine", step: int) -> None: ...
 
@@ -68,7 +67,7 @@ def train(
     saved = engine.step_count if cursor is not None else None
 
     for hook in hooks if engine.step_count == 0 else ():
-        if hook.first:
+        if getattr(hook, "first", False):
             hook(engine, 0)
             engine.frozen.release()
     with progress(config.steps, run.path.name, "step", engine.step_count) as bar, interruptions() as interrupted:
