@@ -39,8 +39,8 @@ class Config(RolloutConfig):
     NAME: ClassVar = "grpo"
     TOY: ClassVar = dict(
         prompts_per_update=24, group=12, sampling_steps=8, cfg_scale=1.0, beta=0.001, max_tokens=16384,
-        loop=LoopConfig(100, save_every=25), engine=toy_optimizer(5e-4, fast_dtype()),
-        sample_every=25, validate_every=50, validation="evaluation.validation:WholeShapesValidation",
+        loop=LoopConfig(60, save_every=20), engine=toy_optimizer(3e-4, fast_dtype()),
+        sample_every=20, validate_every=60, validation="evaluation.validation:WholeShapesValidation",
     )  # fmt: skip
 
     def completed(self) -> "Config":

@@ -9,8 +9,13 @@ from typing import Any
 
 from command_line import UserError
 
-CURVES = {"reward": "reward", "strict": "judge, strictly", "kl": "KL", "ratio_deviation": "ratio's move / clip range"}
-"""Metrics of a run, or of its validations, by what they are called on the page."""
+CURVES = {
+    "reward of training prompts": ("metrics", "reward"),
+    "judge, strictly, validation": ("validation", "strict"),
+    "KL": ("metrics", "kl"),
+    "ratio's move / clip range": ("metrics", "ratio_deviation"),
+}
+"""What is drawn: the file of the run and the name in it."""
 SHOWN = 8
 """Rows of samples at most."""
 
@@ -71,8 +76,11 @@ def _curves(folder: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = _read(folder / "metrics.jsonl") + _read(folder / "validation.jsonl")
-    found = {label: [(r["step"], r[name]) for r in rows if r.get(name) is not None] for name, label in CURVES.items()}
+    rows = {name: _read(folder / f"{name}.jsonl") for name in ("metrics", "validation")}
+    found = {
+        label: [(r["step"], r[name]) for r in rows[file] if r.get(name) is not None]
+        for label, (file, name) in CURVES.items()
+    }
     found = {label: points for label, points in found.items() if points}
     figure, axes = plt.subplots(1, max(1, len(found)), figsize=(3 * max(1, len(found)), 2.4), squeeze=False)
     for axis, (label, points) in zip(axes[0], found.items(), strict=False):
