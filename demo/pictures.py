@@ -1,9 +1,10 @@
 """Pictures on a page: grids, crops, data addresses."""
 
-import base64
 import io
 
 from PIL import Image, ImageOps
+
+from training.curves import png_address
 
 
 def decode(image: bytes) -> Image.Image:
@@ -38,4 +39,4 @@ def data_uri(picture: Image.Image | bytes) -> str:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         picture = buffer.getvalue()
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+    return png_address(picture)

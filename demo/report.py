@@ -3,7 +3,6 @@
 It shows what is there, so it can be made at any moment of a line. Prompts and seeds are fixed, never chosen by eye.
 """
 
-import io
 import json
 import random
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 try:
     from command_line import UserError, run
+    from training.curves import plot, read_rows
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -78,34 +78,15 @@ def reconstructions(line: Path, samples: list, count: int = 8, side: int = 144):
     return contact_sheet([p for row in rows for p in row], count, side), names
 
 
-def curves(line: Path):
+def curves(line: Path) -> bytes | None:
     """One small plot a run: its loss (or reward) over steps; None before any run has logged."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    logs = {name: read_rows(line / name / "metrics.jsonl") for name in TRAINED}
-    logs = {name: rows for name, rows in logs.items() if rows}
-    if not logs:
-        return None
-    figure, axes = plt.subplots(1, len(logs), figsize=(3 * len(logs), 2.4), squeeze=False)
-    for axis, (name, rows) in zip(axes[0], logs.items(), strict=True):
+    found = {}
+    for name in TRAINED:
+        rows = read_rows(line / name / "metrics.jsonl")
         metric = "reward" if any("reward" in r for r in rows) else "loss"
-        points = [(r["step"], r[metric]) for r in rows if metric in r]
-        axis.plot(*zip(*points, strict=True), lw=1)
-        axis.set_title(f"{name}: {metric}", fontsize=9)
-        axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a .jsonl, or [] when there is none."""
-    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+        if points := [(r["step"], r[metric]) for r in rows if metric in r]:
+            found[f"{name}: {metric}"] = points
+    return plot(found) if found else None
 
 
 def drawings(config: Config, samples: list):
@@ -159,8 +140,9 @@ def judged(line: Path) -> dict[str, dict]:
     the same for true pictures through the VAE (ceiling) and the best constant picture (constant)."""
     found = {}
     for name in MODELS:
-        for file in (line / "judged").glob(f"*{name}-*/scores.json"):
-            suite = json.loads(file.read_text())["suites"]["shapes/test-iid"]
+        if files := list((line / "judged").glob(f"*{name}-*/scores.json")):  # of another recipe's model, too
+            newest = max(files, key=lambda f: f.stat().st_mtime)
+            suite = json.loads(newest.read_text())["suites"]["shapes/test-iid"]
             found[name] = {rule: suite["scores"][rule] for rule in ("strict", "official")}
     return found
 

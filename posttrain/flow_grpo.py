@@ -171,9 +171,7 @@ class FlowGRPO(RolloutTrainer):
     def _check_noise_floor(self, steps: list[Transition]) -> None:
         """Refuse to train where kernels repeat themselves too badly for the clip range, at whichever step."""
         engine, floor = self.studio.engine, 0.0
-        for (
-            step
-        ) in steps:  # the later a step, the smaller its std: the last one's floor may be thirty times the first's
+        for step in steps:  # the later a step, the smaller its std: the last floor may be thirty times the first
             log_ratio = self.log_ratio(step, *step.moments(engine.model(step.inputs())))
             floor = max(floor, ((log_ratio.exp() - 1).abs() / self.clip_range(step)).max().item())
         if engine.any_rank(floor > NOISE_SHARE):

@@ -13,7 +13,7 @@ try:
     import tyro
 
     from command_line import UserError
-    from training.demo_data import demo_data
+    from training.demo_data import demo_data, encoded_folder
     from training.engine.config import EngineConfig
     from training.loop import LoopConfig
     from training.source import BASE, look
@@ -40,8 +40,9 @@ class Config(RunConfig):
     def completed(self) -> "Config":
         config = super().completed()
         data = config.data or tuple(look(config.init).settings.get("data", ()))
-        if not data and config.init == BASE and not config.dry_run:
-            data = (demo_data(config.side_px()),)
+        if not data and config.init.resolve() == BASE:
+            side = config.side_px()
+            data = (encoded_folder(side) if config.dry_run else demo_data(side),)
         if not data:
             raise UserError(f"{config.init} names no data; give --data: encoded shards of data_pipeline/produce.py")
         return replace(config, data=data)

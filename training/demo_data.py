@@ -26,9 +26,14 @@ def demo_pictures() -> Path:
     return raw
 
 
+def encoded_folder(side_px: int) -> Path:
+    """Where the demo's pictures lie, encoded at a side."""
+    return FOLDER / f"encoded-{side_px}"
+
+
 def demo_data(side_px: int) -> Path:
     """Encoded data set of the demo; rank 0 makes what is missing, the others wait for it."""
-    encoded = FOLDER / f"encoded-{side_px}"
+    encoded = encoded_folder(side_px)
     if not _is_whole(encoded):
         if os.environ.get("RANK", "0") == "0":
             where = ("--data", demo_pictures(), "--components", BASE, "--res", side_px, "--out", encoded)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError
+from training.curves import plot, png_address, read_rows
 
 CURVES = {
     "reward of training prompts": ("metrics", "reward"),
@@ -41,18 +42,18 @@ def gains(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_page(folder: Path) -> Path:
-    """Write index.html and gains.json into a run's folder; returns the former's path. UserError if it is no run."""
+    """Write index.html and gains.json into a run's folder; returns the former's path."""
     import jinja2
 
     from files import atomic_file, write_json
 
-    if not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder} is no run (no metrics.jsonl)")
     found = gains(folder)
     write_json(folder / "gains.json", found)
-    rows = [{"step": int(f.stem.removeprefix("step_")), "uri": _uri(f)} for f in _spread(folder / "samples")]
+    samples = {int(f.stem.removeprefix("step_")): png_address(f.read_bytes()) for f in _spread(folder / "samples")}
+    curves = _curves(folder)
     template = jinja2.Template((Path(__file__).parent / "page.html").read_text(), autoescape=True)
-    values = {"name": folder.name, "gains": found, "curves": _curves(folder), "rows": rows}
+    values = {"name": folder.name, "gains": found, "curves": png_address(plot(curves)) if curves else None}
+    values["samples"] = samples
     values["config"] = (folder / "config.toml").read_text()
     with atomic_file(folder / "index.html") as file:
         file.write(template.render(values).encode())
@@ -67,42 +68,11 @@ def _spread(samples: Path) -> list[Path]:
     return [files[round(i * (len(files) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
 
 
-def _curves(folder: Path) -> str:
-    """Small plots side by side, as a data: address."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = {name: _read(folder / f"{name}.jsonl") for name in ("metrics", "validation")}
+def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Points (step, value) of CURVES, of those that have any."""
+    rows = {name: read_rows(folder / f"{name}.jsonl") for name in ("metrics", "validation")}
     found = {
         label: [(r["step"], r[name]) for r in rows[file] if r.get(name) is not None]
         for label, (file, name) in CURVES.items()
     }
-    found = {label: points for label, points in found.items() if points}
-    figure, axes = plt.subplots(1, max(1, len(found)), figsize=(3 * max(1, len(found)), 2.4), squeeze=False)
-    for axis, (label, points) in zip(axes[0], found.items(), strict=False):
-        axis.plot(*zip(*points, strict=True), lw=1, marker="o" if len(points) < 20 else None, ms=3)
-        axis.set_title(label, fontsize=9)
-        axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    plt.close(figure)
-    return _address(buffer.getvalue())
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(row) for row in file.read_text().splitlines()] if file.exists() else []
-
-
-def _uri(file: Path) -> str:
-    return _address(file.read_bytes())
-
-
-def _address(png: bytes) -> str:
-    import base64
-
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return {label: points for label, points in found.items() if points}

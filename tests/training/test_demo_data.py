@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from PIL import Image
 from data_pipeline.loader import EncodedDataset
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import write_raw
+from posttrain.sft import Config
 from training import demo_data
+from training.source import BASE
 
 
 @pytest.fixture
@@ -62,6 +65,12 @@ def test_a_killed_making_goes_on_and_other_ranks_wait_for_its_end(begun: Path):
         assert other.wait(300) == 0
     finally:
         other.kill()
+
+
+@pytest.mark.parametrize("named", [[], ["--init", str(BASE)]])
+def test_a_plan_names_the_data_and_makes_none(begun: Path, named: list[str]):
+    config = replace(Config.defaults(named), dry_run=True).completed()
+    assert config.data == (demo_data.encoded_folder(64),) and not config.data[0].exists()
 
 
 def test_a_data_set_without_its_shards_is_not_taken_for_one(begun: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,36 @@
+"""Curves of runs for pages: rows of their logs, small plots, addresses that hold a picture."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl, or [] when there is none."""
+    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+
+
+def plot(curves: dict[str, list[tuple[float, float]]]) -> bytes:
+    """A PNG of small plots side by side, one for each title's points (step, value); at least one curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(3 * len(curves), 2.4), squeeze=False)
+    for axis, (title, points) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(*zip(*points, strict=True), lw=1, marker="o" if len(points) < 20 else None, ms=3)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def png_address(png: bytes) -> str:
+    """A PNG as a data: address, so that a page is one file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
