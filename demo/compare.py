@@ -36,7 +36,8 @@ def main(config: Config) -> None:
     from diffusers import QwenImagePipeline
     from PIL import Image
 
-    from demo.pictures import contact_sheet, data_uri
+    from data_pipeline.page import contact_sheet
+    from demo.pictures import data_uri
     from files import write_json
     from model.packing import patchify
     from model.sampling.draw import Sampler

@@ -1,8 +1,8 @@
-"""Pictures on a page: grids, crops, data addresses."""
+"""Pictures on a page: decoded, below each other, as data addresses."""
 
 import io
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from training.curves import png_address
 
@@ -10,17 +10,6 @@ from training.curves import png_address
 def decode(image: bytes) -> Image.Image:
     """An encoded picture as RGB."""
     return Image.open(io.BytesIO(image)).convert("RGB")
-
-
-def contact_sheet(pictures: list[Image.Image], columns: int, side: int) -> Image.Image:
-    """Pictures on a grid, each fitted into a square of `side` pixels; small ones are enlarged without smoothing."""
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4), rows * (side + 4)), "white")
-    for i, picture in enumerate(pictures):
-        method = Image.Resampling.NEAREST if max(picture.size) < side else Image.Resampling.LANCZOS
-        cell = ImageOps.pad(picture, (side, side), color="white", method=method)
-        sheet.paste(cell, (i % columns * (side + 4), i // columns * (side + 4)))
-    return sheet
 
 
 def stack(sheets: list[Image.Image]) -> Image.Image:

@@ -1,8 +1,9 @@
-"""The demo's page: data, reconstructions, curves, and the same prompts drawn after every stage.
+"""The demo's page: data, reconstructions, curves, and the same prompts drawn after every stage and by the base.
 
 It shows what is there, so it can be made at any moment of a line. Prompts and seeds are fixed, never chosen by eye.
 """
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 try:
     from command_line import UserError, run
-    from training.curves import plot, read_rows
+    from training.curves import plot, png_address, read_rows
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -25,6 +26,9 @@ PURPOSES = {
     "grpo": "Groups of its own pictures, compared by a reward. It learns from its own mistakes, which no data shows.",
 }
 """What each stage is for."""
+PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
+BASE_SHEETS = {"as shipped": "base-64px.png", "after Flow-GRPO": "base-grpo-64px.png"}
+"""Of the base, made once (base/README.md says how): the first 64 validation prompts."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def reconstructions(line: Path, samples: list, count: int = 8, side: int = 144):
     import torch
     from PIL import Image, ImageOps
 
-    from demo.pictures import contact_sheet, decode
+    from data_pipeline.page import contact_sheet
+    from demo.pictures import decode
     from vae.autoencoder import VAE
 
     vae = VAE.from_folder(folder)
@@ -118,6 +123,31 @@ def drawings(config: Config, samples: list):
     return rows, models, prompts
 
 
+def base_drawings(steps: int, cfg_scale: float, count: int):
+    """(PIL pictures by the shipped base, their validation prompts)."""
+    from PIL import Image
+
+    from evaluation.prompts import shapes_prompts
+    from model.sampling.draw import Sampler
+    from model.sampling.schedule import FixedSchedule
+    from training.loading import load
+    from training.source import BASE, look
+
+    prompts, side = [p.text for p in shapes_prompts("validation")[:count]], look(BASE).side_px()
+    painter = load(BASE, sampler=Sampler(FixedSchedule(steps), cfg_scale=cfg_scale))
+    images = painter.generate(prompts, [(side, side)] * count, list(range(count)))
+    return [Image.fromarray(image) for image in images], prompts
+
+
+def base_sheets() -> list[tuple[str, str, str]]:
+    """(what, address, sha256) of the committed pictures of the base."""
+    found = []
+    for what, name in BASE_SHEETS.items():
+        png = (PICTURES / name).read_bytes()
+        found.append((what, png_address(png), hashlib.sha256(png).hexdigest()))
+    return found
+
+
 def stage_table(line: Path) -> list[tuple[str, str, str, str]]:
     """(stage, seconds, last logged loss or reward, last validation) of every finished stage."""
     rows = []
@@ -135,15 +165,22 @@ def stage_table(line: Path) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def verdicts(line: Path) -> dict[str, Path]:
+    """The newest evaluation's folder of every model that was judged on test prompts."""
+    found = {}
+    for name in MODELS:
+        if files := list((line / "judged").glob(f"*{name}-*/scores.json")):  # of another recipe's model, too
+            found[name] = max(files, key=lambda f: f.stat().st_mtime).parent
+    return found
+
+
 def judged(line: Path) -> dict[str, dict]:
     """Of every model that was judged on test prompts: each rule's value with its interval, by kind of prompt too, and
     the same for true pictures through the VAE (ceiling) and the best constant picture (constant)."""
     found = {}
-    for name in MODELS:
-        if files := list((line / "judged").glob(f"*{name}-*/scores.json")):  # of another recipe's model, too
-            newest = max(files, key=lambda f: f.stat().st_mtime)
-            suite = json.loads(newest.read_text())["suites"]["shapes/test-iid"]
-            found[name] = {rule: suite["scores"][rule] for rule in ("strict", "official")}
+    for name, folder in verdicts(line).items():
+        suite = json.loads((folder / "scores.json").read_text())["suites"]["shapes/test-iid"]
+        found[name] = {rule: suite["scores"][rule] for rule in ("strict", "official")}
     return found
 
 
@@ -158,7 +195,8 @@ def main(config: Config) -> None:
         raise UserError(f"{config.line} holds no line yet; run `make quick` first")
     import jinja2
 
-    from demo.pictures import contact_sheet, data_uri, decode, stack
+    from data_pipeline.page import contact_sheet
+    from demo.pictures import data_uri, decode, stack
     from files import atomic_file, write_json
 
     samples, folder = raw_samples(config.line), config.line / "report"
@@ -166,6 +204,9 @@ def main(config: Config) -> None:
     sheets = [contact_sheet([decode(s.image) for s in spread(samples, 24)], 12, 96)]
     page = {"stages": stage_table(config.line), "name": config.line.name, "config": config, "purposes": PURPOSES}
     page["judged"] = judged(config.line)
+    page["sheets"] = {
+        n: png_address((f / "shapes-test-iid.png").read_bytes()) for n, f in verdicts(config.line).items()
+    }
     write_json(folder / "metrics.json", metrics(config.line))
     page["data"] = data_uri(contact_sheet([decode(s.image) for s in spread(samples, 48)], 12, 96))
     if found := reconstructions(config.line, samples):
@@ -179,6 +220,10 @@ def main(config: Config) -> None:
         page["captions"] = min(config.captions, len(samples))
         page["drawings"] = [[data_uri(picture) for picture in row] for row in rows]
         sheets.append(contact_sheet([p for row in rows for p in row], len(rows[0]), 128))
+    pictures, prompts = base_drawings(20, config.cfg_scale, 8)
+    page["base"] = list(zip([data_uri(p) for p in pictures], prompts, strict=True))
+    page["base_sheets"] = base_sheets()
+    sheets.append(contact_sheet(pictures, len(pictures), 128))
     stack(sheets).save(folder / "overview.png")
     compared = folder / "compare.json"
     page["compare"] = json.loads(compared.read_text()) if compared.exists() else None

@@ -4,8 +4,8 @@
     python -m evaluation --compare runs/quick/sft runs/quick/grpo --suite shapes text
     torchrun --nproc-per-node 8 -m evaluation --checkpoint Qwen/Qwen-Image --height 1328 --width 1328 --suite text
 
-Writes scores.json (value, n, 95 % interval, ceiling, floor) and index.html. Processes share the work; run again after
-an interruption, it goes on; what was measured before is read from the cache.
+Writes scores.json (value, n, 95 % interval, ceiling, floor), index.html and a sheet of the first pictures. Processes
+share the work; run again after an interruption, it goes on; what was measured before is read from the cache.
 """
 
 import os

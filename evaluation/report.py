@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.page import picture_uri
+from data_pipeline.page import contact_sheet, picture_uri
 from evaluation.intervals import ALPHA, Estimate, Scores, difference, estimate, holm, p_value
 from evaluation.runner import CONTROLS, Row, Source, SuiteRun, read_picture
 from files import atomic_file, write_json
 
-PAGE_PICTURES, PAGE_SIDE = 64, 256
+PAGE_PICTURES, PAGE_SIDE, SHEET_COLUMNS = 64, 256, 16
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,25 @@ def plain(e: Estimate) -> dict[str, Any]:
 
 
 def write_scores(folder: Path, source: Source, settings: dict[str, Any], results: list[Result], absent: dict) -> dict:
-    """Write scores.json and index.html of one source; returns the former."""
+    """Write scores.json, index.html and a sheet of each suite's first pictures of one source; returns the first."""
     folder.mkdir(parents=True, exist_ok=True)
     head = {"source": source.name, "fingerprint": source.fingerprint, "settings": settings}
     suites = {result.run.suite.name: summary(result) for result in results}
     data = {**head, "suites": suites, "not run": absent}
     write_json(folder / "scores.json", data)
     write_page(folder / "index.html", data, [(source.name, results)])
+    for result in results:
+        _write_sheet(folder / f"{result.run.suite.name.replace('/', '-')}.png", result.run)
     return data
+
+
+def _write_sheet(path: Path, run: SuiteRun) -> None:
+    """The first picture of each of the first prompts, none of them chosen."""
+    from PIL import Image
+
+    pictures = [Image.open(run.picture_file(prompt, 0)) for prompt in run.prompts[:PAGE_PICTURES]]
+    with atomic_file(path) as file:
+        contact_sheet(pictures, SHEET_COLUMNS, min(PAGE_SIDE, max(run.sampling.size))).save(file, "PNG")
 
 
 def write_comparison(

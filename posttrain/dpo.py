@@ -47,6 +47,7 @@ class Config(RunConfig):
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=1e-6))
 
     NAME: ClassVar = "dpo"
+    MEASURES_FIRST: ClassVar = True
     TOY: ClassVar = dict(
         num_pairs=32, sampling_steps=12, beta=200.0, batch_size=16, loop=LoopConfig(20, save_every=10),
         engine=toy_optimizer(2e-5),
@@ -76,6 +77,7 @@ from data_pipeline.loader import Loader
 from model.packing import ModelInputs
 from model.sampling.draw import Request, Sampler
 from model.sampling.schedule import FixedSchedule
+from posttrain.page import Paged
 from posttrain.preference import (
     Pair,
     PairDataset,
@@ -94,7 +96,7 @@ from training.randomness import Randomness
 from training.studio import Studio
 
 
-class DPO:
+class DPO(Paged):
     """Diffusion-DPO for flow matching over batches of `Pair`, against the weights that the run started from.
 
     Winner and loser share noise level and noise, and so do policy and reference: what a pair contributes is then the

@@ -31,11 +31,14 @@ class Config(RunConfig):
     """Samples in a step, over all ranks."""
     condition_dropout: float = 0.1
     """Probability that a sample trains with the empty prompt, for guidance."""
+    held_out: int = 512
+    """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=lambda: LoopConfig(10_000, save_every=500))
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=2e-5))
 
     NAME: ClassVar = "sft"
-    TOY: ClassVar = dict(batch_size=32, loop=LoopConfig(50, save_every=25), engine=toy_optimizer(1e-4))
+    MEASURES_FIRST: ClassVar = True
+    TOY: ClassVar = dict(batch_size=32, held_out=48, loop=LoopConfig(50, save_every=25), engine=toy_optimizer(1e-4))
 
     def completed(self) -> "Config":
         config = super().completed()
@@ -55,25 +58,14 @@ class Config(RunConfig):
 if __name__ == "__main__":
     start(Config, "posttrain.sft:SFT")
 
-from data_pipeline.loader import EncodedDataset, Loader
-from model.sampling.draw import Request
-from training.flow_matching import VelocityMSE, samples_shown
+from data_pipeline.loader import EncodedDataset
+from posttrain.page import Paged
+from training.flow_on_data import FlowOnData
 from training.studio import Studio
 
 
-class SFT(VelocityMSE):
+class SFT(FlowOnData, Paged):
     """Flow matching on the data of a config."""
 
     def __init__(self, config: Config, studio: Studio):
-        super().__init__(condition_dropout=config.condition_dropout)
-        self.config, self.studio = config, studio
-        self.dataset = EncodedDataset(config.data, mixed_resolutions=True)
-
-    def batches(self) -> Loader:
-        config, engine = self.config, self.studio.engine
-        return Loader(
-            self.dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
-        )
-
-    def shown(self) -> list[Request]:
-        return samples_shown(self.dataset)
+        super().__init__(config, studio, EncodedDataset(config.data, mixed_resolutions=True))

@@ -41,6 +41,8 @@ class StageConfig(RunConfig):
     """Density of noise levels."""
     condition_dropout: float = 0.1
     """Probability that a sample trains with the empty prompt, for guidance."""
+    held_out: int = 0
+    """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws."""
     sample_every: int = 1000
     """Steps between pictures in samples/, which need --components."""
     validate_every: int = 5000

@@ -15,36 +15,25 @@ if __name__ == "__main__":
     start(StageConfig, "pretrain.stage:Pretraining")
 
 from command_line import UserError
-from data_pipeline.loader import EncodedDataset, Loader
-from model.sampling.draw import Request
-from training.flow_matching import VelocityMSE, samples_shown
+from data_pipeline.loader import EncodedDataset
+from training.flow_on_data import FlowOnData
 from training.studio import Studio
 
 
-class Pretraining(VelocityMSE):
+class Pretraining(FlowOnData):
     """Flow matching on the encoded data of one resolution. UserError for data of another width or resolution."""
 
     def __init__(self, config: StageConfig, studio: Studio):
-        super().__init__(config.density, condition_dropout=config.condition_dropout)
-        self.config, self.studio = config, studio
-        self.dataset = EncodedDataset(config.data)
-        if self.dataset.fingerprint.resolution != config.side_px():
+        dataset = EncodedDataset(config.data)
+        super().__init__(config, studio, dataset, config.density)
+        if dataset.fingerprint.resolution != config.side_px():
             raise UserError(
-                f"{config.data[0]} was encoded at {self.dataset.fingerprint.resolution} px, stage {config.res} of "
+                f"{config.data[0]} was encoded at {dataset.fingerprint.resolution} px, stage {config.res} of "
                 f"preset {config.preset} trains at {config.side_px()} px; produce it with --res {config.side_px()}"
             )
-        if self.dataset.txt_empty.shape[-1] != config.model.joint_attention_dim:
+        if dataset.txt_empty.shape[-1] != config.model.joint_attention_dim:
             raise UserError(
-                f"{config.data[0]} holds text states of width {self.dataset.txt_empty.shape[-1]}, preset "
+                f"{config.data[0]} holds text states of width {dataset.txt_empty.shape[-1]}, preset "
                 f"{config.preset} takes {config.model.joint_attention_dim}; encode it with that text encoder or choose "
                 "another preset"
             )
-
-    def batches(self) -> Loader:
-        config, engine = self.config, self.studio.engine
-        return Loader(
-            self.dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
-        )
-
-    def shown(self) -> list[Request]:
-        return samples_shown(self.dataset)

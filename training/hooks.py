@@ -63,9 +63,7 @@ class ValidationHook:
         if self.run.writes:
             scores = dict(self.validation.score(pictures))
             each = scores.pop("each", None)
-            if each is not None:
-                self.run.keep_each(step, each)
-            self.run.log_validation(step, scores)
+            self.run.log_scores("validation", step, scores, each)
 
 
 def _row(pictures: "list[np.ndarray]"):

@@ -4,7 +4,8 @@ config.toml      every setting, resolved; `--config` takes it back
 metrics.jsonl    one row a step, equal to that of a run that was never interrupted (so it holds no times)
 validation.jsonl one row a validation: scores of pictures of frozen prompts, drawn by the moving average
 tensorboard/     the same, and speed
-validation/      what each picture of a validation was given
+held_out.jsonl   the same of the loss on held-out samples
+validation/, held_out/   what each picture, or sample, was given
 samples/         pictures
 checkpoints/     step_00001000/ ...
 """
@@ -20,6 +21,8 @@ from files import atomic_file, write_json
 
 HARMLESS = {"steps", "save_every", "keep", "sample_every", "validate_every", "validation", "out", "seeds", "dry_run"}
 """Settings that a run may change on its way without being another run."""
+MEASURES = ("held_out", "validation")
+"""What hooks measure now and then."""
 
 
 class RunFolder:
@@ -28,7 +31,6 @@ class RunFolder:
     def __init__(self, path: Path, config: Any, writes: bool = True):
         self.path, self.writes = Path(path), writes
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
-        self._validation = self.path / "validation.jsonl"
         self._metrics = self._board = None
         if writes:
             for folder in (self.checkpoints, self.samples):
@@ -52,9 +54,10 @@ class RunFolder:
         if any(json.loads(row)["step"] != i for i, row in enumerate(kept, 1)) or len(kept) < step:
             raise ValueError(f"{file} does not hold one row for each of {step} steps; restore it or start a new run")
         _replace(file, kept)
-        if self._validation.exists():
-            rows = self._validation.read_text().splitlines(keepends=True)
-            _replace(self._validation, [row for row in rows if json.loads(row)["step"] <= step and step])
+        for measured in (self.path / f"{name}.jsonl" for name in MEASURES):
+            if measured.exists():
+                rows = measured.read_text().splitlines(keepends=True)
+                _replace(measured, [row for row in rows if json.loads(row)["step"] <= step and step])
         self._metrics = file.open("a")
         self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
@@ -67,20 +70,17 @@ class RunFolder:
         for name, value in {**metrics, **speed}.items():
             self._board.add_scalar(name, value, step)
 
-    def log_validation(self, step: int, scores: dict[str, float]) -> None:
-        """Append the scores of a validation."""
+    def log_scores(self, name: str, step: int, scores: dict[str, float], each: dict[str, list] | None = None) -> None:
+        """Append a row to NAME.jsonl, NAME of MEASURES; what `each` picture or sample got goes to a file of its own."""
         if not self.writes:
             return
-        with self._validation.open("a") as file:
+        with (self.path / f"{name}.jsonl").open("a") as file:
             file.write(_row(step, scores))
-        for name, value in scores.items():
-            self._board.add_scalar(f"validation/{name}", value, step)
-
-    def keep_each(self, step: int, each: dict[str, list]) -> None:
-        """Keep what each picture of a validation was given."""
-        if self.writes:
-            (self.path / "validation").mkdir(exist_ok=True)
-            write_json(self.path / "validation" / f"step_{step:08d}.json", each)
+        for score, value in scores.items():
+            self._board.add_scalar(f"{name}/{score}", value, step)
+        if each is not None:
+            (self.path / name).mkdir(exist_ok=True)
+            write_json(self.path / name / f"step_{step:08d}.json", each)
 
     def sync(self) -> None:
         """Bring all rows to disk, as before a checkpoint that relies on them."""

@@ -63,7 +63,7 @@ class RunConfig:
 
     NAME: ClassVar[str] = "posttrain"
     MEASURES_FIRST: ClassVar[bool] = False
-    """Whether samples and validations are made before the first step, too."""
+    """Whether hooks are called before the first step, too."""
     TOY: ClassVar[dict[str, Any]] = {}
     """What differs for a model of toy size."""
 
@@ -216,17 +216,18 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
 
 
 def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
-    """Pictures and validation, if there are a VAE and a text encoder for them."""
+    """What the trainer measures, then pictures and validation, if there are a VAE and a text encoder for them."""
     from model.sampling.draw import Sampler
     from model.sampling.schedule import FixedSchedule
     from training.hooks import SampleHook, ValidationHook
     from training.studio import SharedGenerator
 
+    hooks: list[Any] = trainer.hooks(run_folder) if hasattr(trainer, "hooks") else []
     if config.components is None:
-        return []
+        return hooks
     studio, first = trainer.studio, config.MEASURES_FIRST
     sampler = Sampler(FixedSchedule(20), cfg_scale=config.guidance)
-    hooks: list[Any] = [SampleHook(config.sample_every, run_folder, studio, trainer.shown(), sampler, first)]
+    hooks.append(SampleHook(config.sample_every, run_folder, studio, trainer.shown(), sampler, first))
     if config.validation and config.validate_every and studio.has_text_encoder:
         validation = load_named(config.validation)()
         generator = SharedGenerator(studio, validation.texts, sampler)

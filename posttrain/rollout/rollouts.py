@@ -8,7 +8,6 @@ Shape legend: G pictures of a group.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 from model.sampling.draw import Request, Sampler, Transition
 from model.sampling.guidance import Condition
 from model.text_to_image import PIXELS_PER_LATENT, to_uint8
+from posttrain.page import Paged
 from posttrain.rollout.config import RolloutConfig
 from posttrain.rollout.credit import batch_std, group_advantages
 from posttrain.rollout.prompts import Prompt, PromptStream, read_prompts
@@ -28,6 +28,10 @@ from training.studio import Studio
 
 if TYPE_CHECKING:
     from rewards import Reward
+
+
+SHOWN = 8
+"""Prompts in samples/."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Group:
     """fp32 [G]"""
 
 
-class RolloutTrainer:
+class RolloutTrainer(Paged):
     """What an algorithm that learns from its own pictures builds on: a subclass says how they are drawn and used."""
 
     weights = "policy"
@@ -72,15 +76,12 @@ class RolloutTrainer:
         return Rollouts(self)
 
     def shown(self) -> list[Request]:
-        texts = [p.text for p in self.prompts[:8]]
-        conditions = self.studio.conditions(texts)
+        conditions = self.studio.conditions(self.captions)
         return [Request(c, self.noise(f"sample-{i}", 0, "sample", Randomness(0))) for i, c in enumerate(conditions)]
 
-    def finished(self, run: Path) -> None:
-        """Make the run's page."""
-        from posttrain.rollout.page import write_page
-
-        print(f"open {write_page(run)}", flush=True)
+    @property
+    def captions(self) -> list[str]:
+        return [p.text for p in self.prompts[:SHOWN]]
 
     def noise(self, key: str, epoch: int, purpose: str, rng: Randomness | None = None) -> Tensor:
         """The start of a square picture, [16, 1, side, side]."""

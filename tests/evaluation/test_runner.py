@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evaluation import runner
 from evaluation.prompts import Prompt
@@ -183,6 +184,8 @@ def test_files_are_written_and_valid(tmp_path):
     assert data["suites"]["brightness"]["scores"]["light"]["ceiling"]["value"] > 0.7 and data["not run"]
     page = (tmp_path / "x/index.html").read_text()
     assert page.count("data:image/jpeg") == 20 and "no engine" in page and "prompt 7" in page
+    sheet = Image.open(tmp_path / "x/brightness.png")  # 20 prompts: rows of 16
+    assert sheet.size == (16 * (48 + 4), 2 * (48 + 4)) and sheet.getpixel((24, 24)) != (255, 255, 255)
     write_comparison(tmp_path / "y", {"steps": 2}, sources, [[r] for r in results])
     differences = json.loads((tmp_path / "y/scores.json").read_text())["differences"]
     assert differences["0.1"]["brightness"]["light"]["significant"]

@@ -140,3 +140,21 @@ def test_sft_learns_and_stays_with_what_it_started_from(init, data, tmp_path):
     other = settings | {"init": tmp_path / "sft"}
     with pytest.raises(AssertionError, match=f"started from {init}, not from {tmp_path / 'sft'}"):
         run_world(1, entry, "sft", 31, 31, other, deadline_s=DEADLINE_S)
+
+
+def test_the_held_out_loss_is_that_of_any_number_of_processes(init, data, tmp_path):
+    settings = {"init": init, "data": (data,), "batch_size": 4, "held_out": 2, "validate_every": 15, "validation": None}
+    for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        run_world(world, entry, "sft", 30, 30, settings | {"out": out}, deadline_s=DEADLINE_S)
+    one, two = (
+        [json.loads(r) for r in (tmp_path / name / "held_out.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [row["step"] for row in one] == [0, 15, 30] and one[2]["loss"] < one[0]["loss"]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4) and len(mine) > 3, "the loss, and that of several bands"
+    gain = json.loads((tmp_path / "one" / "gains.json").read_text())["loss"]
+    assert gain["n"] == 2 and gain["value"] == pytest.approx(one[2]["loss"] - one[0]["loss"])
+    assert "held-out loss" in (tmp_path / "one" / "index.html").read_text()
+    with pytest.raises(AssertionError, match="--held-out: 6 of 6 samples"):
+        run_world(1, entry, "sft", 30, 30, settings | {"out": tmp_path / "all", "held_out": 6}, deadline_s=DEADLINE_S)

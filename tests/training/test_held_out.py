@@ -1,0 +1,51 @@
+"""What is held out: which samples, and that none of them is trained on."""
+
+import random
+
+import numpy as np
+import pytest
+
+from data_pipeline.loader import Loader
+from data_pipeline.sample import EncodedSample
+from training.held_out import hold_out
+
+
+class Samples:
+    """A data set of keys alone."""
+
+    def __init__(self, keys: list[str]):
+        self.keys, self.tokens = keys, np.ones(len(keys), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def key(self, index: int) -> str:
+        return self.keys[index]
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        return EncodedSample(self.keys[index], np.zeros(()), np.zeros(()))
+
+
+KEYS = [f"sample-{i:03d}" for i in range(50)]
+
+
+def test_the_same_samples_are_held_out_wherever_they_lie():
+    shuffled = random.Random(0).sample(KEYS, len(KEYS))
+    held = [{part.key(i) for i in range(len(part))} for _, part in (hold_out(Samples(k), 12) for k in (KEYS, shuffled))]
+    assert held[0] == held[1] and len(held[0]) == 12
+    more = hold_out(Samples(KEYS), 20)[1]
+    assert held[0] < {more.key(i) for i in range(20)}, "a larger share must keep what was held out before"
+
+
+def test_what_is_held_out_is_never_trained_on_and_all_else_is():
+    kept, held = hold_out(Samples(KEYS), 12)
+    loader = Loader(kept, 19)
+    seen = {s.key for _ in range(2) for batch in next(loader) for s in batch}  # 38 samples: one pass
+    loader.close()
+    assert seen == set(KEYS) - {held.key(i) for i in range(12)} and {held[i].key for i in range(12)} == set(KEYS) - seen
+
+
+@pytest.mark.parametrize("count", [0, 50, 51])
+def test_something_is_left_on_both_sides(count):
+    with pytest.raises(ValueError, match=f"{count} of 50 samples cannot be held out"):
+        hold_out(Samples(KEYS), count)
