@@ -76,7 +76,7 @@ RECIPES = {
         batch_size=128,
         steps_256=2200,
         steps_640=300,
-        flags_256=("--lr", "4e-3", "--muon-lr", ".05", "--warmup-steps", "50", "--ema-decay", ".997"),
+        flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997"),
         flags_640=("--lr", "2e-3", "--muon-lr", ".02"),
         sft_steps=20,
         dpo_pairs=96,
@@ -207,9 +207,9 @@ def base_stages(out: Path) -> list[Stage]:
     put = ["demo/components.py", "--vae", out / "image-decoder", "--text-steps", 300, "--no-video"]
     shapes = ["data_pipeline/synthesize.py", "--kinds", "square-shapes", "--count", 64000, "--size", 64, "--seed", 5]
     train = ["pretrain/stage.py", "--res", 256, "--preset", "tiny", "--data", encoded, "--components", components]
-    train += ["--batch-size", 128, "--max-tokens", 8192, "--steps", 5000, "--lr", "4e-3", "--muon-lr", ".05"]
+    train += ["--batch-size", 128, "--max-tokens", 8192, "--steps", 8000, "--lr", "8e-3", "--muon-lr", ".1"]
     train += ["--warmup-steps", 50, "--schedule", "cosine", "--final-lr-ratio", 0.01, "--ema-decay", ".997"]
-    train += ["--save-every", 500, "--validate-every", 1000, "--sample-every", 1000, *fast_flags()]
+    train += ["--save-every", 500, "--held-out", 400, "--validate-every", 1000, "--sample-every", 1000, *fast_flags()]
     export = ["model/export.py", "--checkpoint", run, "--dtype", "bfloat16", "--output", out / "base"]
     return [
         stage("data", "whole pictures at 64 px", *draw, "--seed", 11, "--out", raw),
