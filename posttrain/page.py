@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from command_line import UserError
 from training.curves import plot, png_address, read_rows
-from training.run_folder import MEASURES
+from training.run_folder import GAINS, MEASURES
 
 if TYPE_CHECKING:
     from evaluation.intervals import Scores
@@ -81,7 +81,7 @@ def write_page(folder: Path, prompts: Sequence[str]) -> Path:
     from files import atomic_file, write_json
 
     found = gains(folder)
-    write_json(folder / "gains.json", found)
+    write_json(folder / GAINS, found)
     samples = {int(f.stem.removeprefix("step_")): png_address(f.read_bytes()) for f in _spread(folder / "samples")}
     curves = _curves(folder)
     template = jinja2.Template((Path(__file__).parent / "page.html").read_text(), autoescape=True)

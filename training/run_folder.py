@@ -23,6 +23,8 @@ HARMLESS = {"steps", "save_every", "keep", "sample_every", "validate_every", "va
 """Settings that a run may change on its way without being another run."""
 MEASURES = ("held_out", "validation")
 """What hooks measure now and then."""
+GAINS = "gains.json"
+"""What a run gained, last measurement minus first, where it measured before its first step."""
 
 
 class RunFolder:

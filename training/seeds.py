@@ -7,10 +7,13 @@ import numpy as np
 from scipy import stats
 
 from files import write_json
+from training.curves import read_rows
+from training.run_folder import GAINS, MEASURES
 
 
 def compare(out: Path, runs: list[Path]) -> None:
-    """Write OUT/seeds.json, {name: {mean, low, high, values}} of the runs' last metrics and validations, and print it.
+    """Write OUT/seeds.json, {name: {mean, low, high, values}} of the runs' last metrics and what hooks measured last,
+    and of what they gained if they measured first, too; print it.
 
     low and high are the ends of Student's 95 % interval of the mean over seeds.
     """
@@ -25,12 +28,14 @@ def compare(out: Path, runs: list[Path]) -> None:
 
 
 def last_scores(run: Path) -> dict[str, float]:
-    """The finite numbers of a run's last step and last validation."""
+    """The finite numbers of a run's last step and last measurements, and its gains."""
     scores: dict[str, float] = {}
-    for file, prefix in (("metrics.jsonl", ""), ("validation.jsonl", "validation/")):
-        lines = (run / file).read_text().splitlines() if (run / file).exists() else []
-        last = json.loads(lines[-1]) if lines else {}
+    for file, prefix in (("metrics", ""), *((name, f"{name}/") for name in MEASURES)):
+        last = (read_rows(run / f"{file}.jsonl") or [{}])[-1]
         scores |= {prefix + name: value for name, value in last.items() if name != "step" and value is not None}
+    if (run / GAINS).exists():
+        gains = json.loads((run / GAINS).read_text())
+        scores |= {f"gain/{name}": gain["value"] for name, gain in gains.items()}
     return scores
 
 

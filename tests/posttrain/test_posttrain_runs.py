@@ -122,13 +122,15 @@ def data(components, tmp_path_factory) -> Path:
 
 
 def test_several_seeds_are_run_and_compared(init, data, tmp_path):
-    settings = {"init": init, "out": tmp_path / "sft", "data": (data,), "batch_size": 6, "seeds": 2}
+    settings = {"init": init, "out": tmp_path / "sft", "data": (data,), "batch_size": 4, "seeds": 2}
+    settings |= {"held_out": 2, "validate_every": 2, "validation": None}
     run_world(1, entry, "sft", 2, 2, settings, deadline_s=DEADLINE_S)
     losses = [read_metrics(tmp_path / "sft" / f"seed-{seed}")[-1]["loss"] for seed in (0, 1)]
     table = json.loads((tmp_path / "sft" / "seeds.json").read_text())
     assert table["loss"]["values"] == losses and losses[0] != losses[1]
     assert table["loss"]["mean"] == pytest.approx(sum(losses) / 2)
     assert table["loss"]["low"] < table["loss"]["mean"] < table["loss"]["high"]
+    assert len(table["gain/loss"]["values"]) == 2 and table["held_out/loss"]["mean"] > 0
 
 
 def test_sft_learns_and_stays_with_what_it_started_from(init, data, tmp_path):
