@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from command_line import UserError
-from demo import line
+from demo import line, report
 from demo.components import Config, main
 from evaluation.suites import ShapesSuite
 from model.conditioner import Conditioner
@@ -61,3 +61,9 @@ def test_half_a_folder_is_refused_and_base_takes_no_data(tmp_path):
         main(Config(copy=tmp_path, out=tmp_path / "out"))
     with pytest.raises(UserError, match="draws its own pictures"):
         line.main(line.Config("base", data=tmp_path, dry_run=True))
+
+
+def test_its_card_names_the_pictures_that_pages_show():
+    card = (BASE / "README.md").read_text()
+    for _, address, sha256 in report.base_sheets():
+        assert sha256 in card and address.startswith("data:image/png;base64,")
