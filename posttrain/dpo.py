@@ -47,7 +47,6 @@ class Config(RunConfig):
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=1e-6))
 
     NAME: ClassVar = "dpo"
-    MEASURES_FIRST: ClassVar = True
     TOY: ClassVar = dict(
         num_pairs=32, sampling_steps=12, beta=200.0, batch_size=16, loop=LoopConfig(20, save_every=10),
         engine=toy_optimizer(2e-5),

@@ -31,14 +31,14 @@ class Config(RunConfig):
     """Samples in a step, over all ranks."""
     condition_dropout: float = 0.1
     """Probability that a sample trains with the empty prompt, for guidance."""
-    held_out: int = 512
-    """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws."""
+    held_out: int | None = None
+    """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws.
+    Default: a tenth, 512 at most."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=lambda: LoopConfig(10_000, save_every=500))
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=2e-5))
 
     NAME: ClassVar = "sft"
-    MEASURES_FIRST: ClassVar = True
-    TOY: ClassVar = dict(batch_size=32, held_out=48, loop=LoopConfig(50, save_every=25), engine=toy_optimizer(1e-4))
+    TOY: ClassVar = dict(batch_size=32, loop=LoopConfig(50, save_every=25), engine=toy_optimizer(1e-4))
 
     def completed(self) -> "Config":
         config = super().completed()

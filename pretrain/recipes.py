@@ -49,6 +49,7 @@ class StageConfig(RunConfig):
     """Steps between validations, which need a text encoder in --components. 0 for none."""
 
     NAME: ClassVar = "pretrain"
+    MEASURES_FIRST: ClassVar = False
 
     @classmethod
     def defaults(cls, argv: list[str]) -> "StageConfig":

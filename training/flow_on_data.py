@@ -10,6 +10,9 @@ from training.held_out import HeldOutHook, hold_out
 from training.run_folder import RunFolder
 from training.studio import Studio
 
+HELD_OUT = 512
+"""Samples that are held out at most where no number is given."""
+
 
 class FlowOnData(VelocityMSE):
     """Trains on a data set but for `config.held_out` samples, on which the loss is measured instead.
@@ -27,9 +30,10 @@ class FlowOnData(VelocityMSE):
     ):
         super().__init__(density, condition_dropout=config.condition_dropout)
         self.config, self.studio, self.dataset, self.held = config, studio, dataset, None
-        if config.held_out and config.validate_every:
+        count = min(HELD_OUT, len(dataset) // 10) if config.held_out is None else config.held_out
+        if count:
             try:
-                self.dataset, self.held = hold_out(dataset, config.held_out)
+                self.dataset, self.held = hold_out(dataset, count)
             except ValueError as error:
                 raise UserError(f"--held-out: {error}") from None
 
@@ -44,7 +48,7 @@ class FlowOnData(VelocityMSE):
 
     def hooks(self, run: RunFolder) -> list[HeldOutHook]:
         """The loss on what is held out."""
-        if self.held is None:
+        if self.held is None or not self.config.validate_every:
             return []
         config, objective = self.config, VelocityMSE(self.density, self.resolution_shift, condition_dropout=0.0)
         return [HeldOutHook(config.validate_every, run, objective, self.held, config.max_tokens, config.MEASURES_FIRST)]

@@ -62,7 +62,7 @@ class RunConfig:
     """Print the plan, do nothing."""
 
     NAME: ClassVar[str] = "posttrain"
-    MEASURES_FIRST: ClassVar[bool] = False
+    MEASURES_FIRST: ClassVar[bool] = True
     """Whether hooks are called before the first step, too."""
     TOY: ClassVar[dict[str, Any]] = {}
     """What differs for a model of toy size."""

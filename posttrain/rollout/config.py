@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from command_line import UserError
 from training.start import RunConfig, picture_side
@@ -27,8 +27,6 @@ class RolloutConfig(RunConfig):
     """What a reward's distance from its group's mean is divided by."""
     updates_per_rollout: int = 1
     """Updates made from the same pictures."""
-
-    MEASURES_FIRST: ClassVar = True
 
     def completed(self) -> Self:
         if self.loop.save_every % self.updates_per_rollout:
