@@ -35,5 +35,5 @@ def centre_crop(width: int, height: int, bucket: tuple[int, int]) -> Box:
     """The largest centred box of a width x height picture that has the bucket's aspect ratio."""
     w, h = bucket
     scale = min(width / w, height / h)
-    left, top = (width - w * scale) / 2, (height - h * scale) / 2
+    left, top = max(0.0, (width - w * scale) / 2), max(0.0, (height - h * scale) / 2)  # rounding may go below 0
     return left, top, width - left, height - top

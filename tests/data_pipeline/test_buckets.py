@@ -35,6 +35,14 @@ def test_the_crop_is_centred_fills_the_picture_one_way_and_has_the_ratio():
         assert min(left, top) == pytest.approx(0)
 
 
+def test_rounding_leads_no_crop_out_of_its_picture():
+    """Pillow refuses a box that begins at -1e-13; of all sizes one in a hundred would."""
+    sizes = [(w, h) for w in range(64, 3000, 37) for h in range(64, 3000, 41)]
+    for w, h in [(2284, 1991), *sizes]:
+        left, top, right, bottom = centre_crop(w, h, choose_bucket(w, h, 1328))
+        assert 0 <= left < right <= w and 0 <= top < bottom <= h
+
+
 def test_fit_keeps_the_middle(photograph: np.ndarray):
     wide = Image.fromarray(np.concatenate([np.zeros_like(photograph), photograph, np.zeros_like(photograph)], axis=1))
     pixels, box = fit(Image.fromarray(photograph), 128)
