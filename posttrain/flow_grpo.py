@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 try:
     import tyro
 
+    from command_line import UserError
     from posttrain.rollout.config import RolloutConfig
     from training.engine.config import EngineConfig, fast_dtype
     from training.loop import LoopConfig
@@ -24,6 +25,9 @@ except ModuleNotFoundError as missing:
 class Config(RolloutConfig):
     window: int = 2
     """Random, and trained, steps of a picture: so many in its first half; 0 for all but the last."""
+    starts: int | None = None
+    """Different first noises in a group. With 1 its pictures differ by their random steps alone, so that an advantage
+    tells what these did (as in DanceGRPO and TempFlow-GRPO), not how lucky the start was. Default: each its own."""
     noise_level: float = 0.7
     sde: Literal["flow-grpo", "cps"] = "flow-grpo"
     """How random steps are made: Flow-GRPO's SDE, or coefficients-preserving sampling."""
@@ -38,13 +42,16 @@ class Config(RolloutConfig):
 
     NAME: ClassVar = "grpo"
     TOY: ClassVar = dict(
-        prompts_per_update=24, group=12, sampling_steps=8, cfg_scale=1.0, beta=0.001, max_tokens=16384,
-        loop=LoopConfig(60, save_every=20), engine=toy_optimizer(3e-4, fast_dtype()),
-        sample_every=20, validate_every=60, validation="evaluation.validation:WholeShapesValidation",
+        rewards=("shapes=.5", "shapes_soft=.5"), prompts_per_update=24, group=12, starts=1, advantage_std="batch",
+        sampling_steps=8, cfg_scale=1.0, beta=0.001, max_tokens=16384,
+        loop=LoopConfig(90, save_every=30), engine=toy_optimizer(3e-4, fast_dtype()),
+        sample_every=30, validate_every=90, validation="evaluation.validation:WholeShapesValidation",
     )  # fmt: skip
 
     def completed(self) -> "Config":
         random_steps(self.sampling_steps, self.window, 0.0)  # refuses what does not fit before anything is written
+        if self.starts is not None and not 1 <= self.starts <= self.group:
+            raise UserError(f"--starts {self.starts}: a group of {self.group} has from 1 to {self.group} first noises")
         return super().completed()
 
 
@@ -114,6 +121,9 @@ class FlowGRPO(RolloutTrainer):
     @property
     def frozen(self) -> dict[str, Fixed]:
         return {"reference": Fixed()} if self.config.beta else {}
+
+    def start_key(self, prompt: Prompt, picture: int) -> str:
+        return super().start_key(prompt, picture % (self.config.starts or self.config.group))
 
     def sampler(self, prompt: Prompt, epoch: int) -> Sampler:
         config = self.config

@@ -83,6 +83,10 @@ class RolloutTrainer(Paged):
     def captions(self) -> list[str]:
         return [p.text for p in self.prompts[:SHOWN]]
 
+    def start_key(self, prompt: Prompt, picture: int) -> str:
+        """What the first noise of a prompt's picture is drawn by."""
+        return f"{prompt.key}#{picture}"
+
     def noise(self, key: str, epoch: int, purpose: str, rng: Randomness | None = None) -> Tensor:
         """The start of a square picture, [16, 1, side, side]."""
         side = self.config.size_px // PIXELS_PER_LATENT
@@ -134,7 +138,7 @@ class Rollouts:
         for (prompt, epoch), condition in zip(prompts, conditions, strict=True):
             for i in range(size):
                 key = f"{prompt.key}#{i}"
-                noise = trainer.noise(key, epoch, "start").to(painter.device)
+                noise = trainer.noise(trainer.start_key(prompt, i), epoch, "start").to(painter.device)
                 requests.append(Request(condition, noise, partial(_eps, trainer.rng, key, epoch)))
         drawn, groups = painter.sampler.draw(painter.velocity, requests), []
         for n, ((prompt, epoch), condition) in enumerate(zip(prompts, conditions, strict=True)):

@@ -80,11 +80,35 @@ def grpo(**settings):
 GRPO = "posttrain.flow_grpo:FlowGRPO"
 
 
-@pytest.mark.parametrize("kind, cfg_scale", [("flow-grpo", 2.0), ("cps", 1.0)])
-def test_reward_rises(kind, cfg_scale, tmp_path):
-    config = grpo(sde=kind, cfg_scale=cfg_scale)
+@pytest.mark.parametrize("kind, cfg_scale, starts", [("flow-grpo", 2.0, None), ("cps", 1.0, 1)])
+def test_reward_rises(kind, cfg_scale, starts, tmp_path):
+    config = grpo(sde=kind, cfg_scale=cfg_scale, starts=starts)
     before, after, metrics = run_world(1, learn, tmp_path, 3e-3, config, GRPO, deadline_s=400)[0]
     assert after > before + 0.08 and metrics["kl"] > 0
+
+
+def drawn(rank: int, starts: int | None, steps: int) -> list[int]:
+    """How many different pictures a group of a fresh rollout has, without and with random steps."""
+    from command_line import load_named
+    from model.sampling.draw import Sampler
+    from posttrain.rollout.prompts import Prompt
+    from training.engine.config import EngineConfig
+    from training.engine.step import Engine
+
+    engine = Engine(CONFIG, EngineConfig(), 1)
+    engine.load_weights(random_weights(engine.model.named_parameters(), scale=0.05))
+    trainer = load_named(GRPO)(grpo(starts=starts, cfg_scale=1.0), bandit_studio(engine), brightness)
+    trainer.prompts = [Prompt("p", "any", {})]
+    found = []
+    for sampler in (Sampler(FixedSchedule(steps), cfg_scale=1.0), trainer.sampler(trainer.prompts[0], 0)):
+        (group,), _ = trainer.batches().draw([(trainer.prompts[0], 0)], sampler)
+        found.append(len({latent.numpy().tobytes() for latent in group.latents}))
+    return found
+
+
+@pytest.mark.parametrize("starts, different", [(None, GROUP), (1, 1), (2, 2)])
+def test_pictures_of_a_group_begin_alike_as_far_as_asked_and_differ_by_their_steps(starts, different):
+    assert run_world(1, drawn, starts, 6)[0] == [different, GROUP]
 
 
 def test_without_a_learning_rate_nothing_rises(tmp_path):
