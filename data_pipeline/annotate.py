@@ -40,6 +40,7 @@ def main(config: Config) -> None:
         raise UserError("give one model: --local.folder, or --server.url http://HOST:PORT/v1 with --server.model")
     if min(config.attempts, config.concurrency) < 1:
         raise UserError("--attempts and --concurrency must be at least 1")
+    from data_pipeline.claims import Claims
     from data_pipeline.shard_stage import ShardStage, say_skipped, shards_as_inputs
 
     inputs = shards_as_inputs(config.data, config.out)
@@ -53,21 +54,26 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     threads = config.concurrency if config.server.url else 1
     annotator = Annotator(model.ask, config.splits, config.attempts)
-    annotate_shards(stage, stage.my_pending(), config.data, annotator, threads)
+    claims = Claims(config.out / "claims")
+    try:
+        annotate_shards(stage, claims, config.data, annotator, threads)
+    finally:
+        claims.close()
     records = stage.records()
     say_skipped(records, config.out)
     samples, annotated = (sum(record[name] for record in records) for name in ("samples", "annotated"))
-    print(f"annotated {annotated} of {samples} samples in {stage.progress(records)}: {config.out}")
+    print(f"annotated {annotated} of {samples} samples in {len(records)} shards: {config.out}")
 
 
-def annotate_shards(stage, names: list[str], data: Path, annotator: Annotator, threads: int) -> None:
-    """Annotate shards of `data`, with a progress bar over their samples."""
+def annotate_shards(stage, claims, data: Path, annotator: Annotator, threads: int) -> None:
+    """Annotate shards of `data` until all are there, with a progress bar over the samples that were not."""
     from data_pipeline.tar_index import tar_index
 
-    total = sum(len(tar_index(data / name).entries) for name in names)
+    total = sum(len(tar_index(data / name).entries) for name in stage.pending())
     with progress(total, "annotate", "sample") as bar:
-        for name in names:
+        for name in stage.work(claims):
             stage.finish(name, annotate_shard(data / name, stage.target(name), annotator, threads, bar.update))
+        bar.update(bar.total - bar.n)  # what others have made meanwhile
 
 
 def annotate_shard(source: Path, target: Path, annotator: Annotator, threads: int, on_sample) -> dict:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.buckets import RATIOS
-from data_pipeline.curation import not_run
+from data_pipeline.filters.judge import not_run
 from data_pipeline.filters.table import find
 from data_pipeline.filters.tools import Tools
 from data_pipeline.filters.verdict import Verdict

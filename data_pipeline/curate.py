@@ -10,7 +10,7 @@ from typing import Literal
 
 try:
     from command_line import UserError, progress, run
-    from data_pipeline.stages import RECIPES, Stage
+    from data_pipeline.stages import chosen_stages
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -38,18 +38,10 @@ class Config:
 
 
 def main(config: Config) -> None:
-    numbers = parse_numbers(config.stages)
-    stages = tuple(stage for stage in RECIPES[config.recipe] if stage.number in numbers)
-    if unknown := numbers - {stage.number for stage in stages}:
-        raise UserError(
-            f"the recipe {config.recipe} has no stage {min(unknown)}; it has 1-{len(RECIPES[config.recipe])}"
-        )
-    if config.filters:
-        from data_pipeline.filters.table import rule_of
-
-        stages += (Stage(len(RECIPES[config.recipe]) + 1, "more filters", tuple(map(rule_of, config.filters))),)
+    from data_pipeline.filters.table import rule_of
     from data_pipeline.shard_stage import say_skipped, shards_as_inputs
 
+    stages = chosen_stages(config.recipe, config.stages, tuple(map(rule_of, config.filters)))
     inputs = shards_as_inputs(config.data, config.out)
     if config.dry_run:
         print(f"{len(inputs)} shards of {config.data} -> {config.out}")
@@ -76,15 +68,6 @@ def main(config: Config) -> None:
     print(f"kept {result['kept']} of {result['samples']} samples: {config.out}; audit: {config.out / 'audit.html'}")
     if not result["kept"]:
         raise UserError(f"every sample was dropped; see {config.out / 'audit.html'}")
-
-
-def parse_numbers(text: str) -> set[int]:
-    """{1, 2, 3, 5} from '1-3,5'; UserError if it is none such."""
-    try:
-        ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
-        return {n for first, *last in ends for n in range(first, (last or [first])[0] + 1)}
-    except ValueError:
-        raise UserError(f"--stages takes numbers as in 1-3 or 1,3, not {text!r}") from None
 
 
 def score(curation, workers: int) -> None:

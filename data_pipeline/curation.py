@@ -5,7 +5,6 @@ interrupted run goes on, and the decision is a function of the scores alone, how
 """
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -17,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.filters import balance
-from data_pipeline.filters.description import SampleFilter, SetFilter
+from data_pipeline.filters.description import SetFilter
 from data_pipeline.filters.duplicates import SIDE, thumbnail
-from data_pipeline.filters.table import FILTERS, LABELS, find
+from data_pipeline.filters.judge import judge
+from data_pipeline.filters.table import FILTERS, LABELS, find, own_code
 from data_pipeline.filters.tools import Tools
 from data_pipeline.filters.verdict import Verdict
 from data_pipeline.filters.view import View
@@ -28,7 +28,7 @@ from data_pipeline.sample import RawSample
 from data_pipeline.shard_stage import ShardStage
 from data_pipeline.shards import Problem, read_raw, write_raw
 from data_pipeline.stages import Stage
-from files import atomic_file, hash_files
+from files import atomic_file
 
 Place = tuple[str, int]
 """(shard, position in it)."""
@@ -39,26 +39,9 @@ def score(sample: RawSample, stages: tuple[Stage, ...], tools: Tools) -> tuple[V
 
     What lacks a tool is left out, and so are the filters that look at the whole set.
     """
-    view, source = View(sample, tools), sample.meta.get("source", "")
-    verdict = Verdict(sample.key, source, view.caption, (0, 0), {}, {})
-    for stage in stages:
-        for rule in stage.rules:
-            found = find(rule.filter)
-            if isinstance(found, SampleFilter) and rule.applies(source) and not not_run(rule.filter, tools):
-                verdict = verdict.scored(rule, stage.number, found(view))
-            if verdict.dropped_by == "broken":
-                return verdict, np.zeros((SIDE, SIDE, 3), np.uint8)
-        if verdict.dropped_by:
-            break
-        labels = {name: LABELS[name](view) for name in stage.labels if not not_run(name, tools)}
-        verdict = replace(verdict, labels=verdict.labels | labels)
-    return replace(verdict, size=view.image.size), thumbnail(view)
-
-
-def not_run(name: str, tools: Tools) -> str | None:
-    """Why a filter or label cannot run with these tools; None if it can."""
-    needs = (LABELS[name] if name in LABELS else find(name)).needs
-    return None if needs is None else tools.missing(needs)
+    view = View(sample, tools)
+    verdict = judge(view, stages)
+    return verdict, np.zeros((SIDE, SIDE, 3), np.uint8) if verdict.dropped_by == "broken" else thumbnail(view)
 
 
 class Curation:
@@ -71,8 +54,8 @@ class Curation:
         needs = {x.needs for x in (*FILTERS.values(), *LABELS.values(), *filters.values()) if x.needs}
         missing = sorted(need for need in needs if tools.missing(need))
         settings = json.loads(json.dumps({"stages": [asdict(s) for s in stages], "tools": paths, "missing": missing}))
-        if own := {inspect.getsourcefile(x.score) for name, x in filters.items() if ":" in name}:
-            settings["own filters"] = hash_files(map(Path, own))
+        if own := own_code(stages):
+            settings["own filters"] = own
         thumbnails = {Path(name).with_suffix(".npy").name: stamp for name, stamp in inputs.items()}
         self.scoring = ShardStage(out / "scores", thumbnails, settings)
 
@@ -152,9 +135,7 @@ class Curation:
     def _kept(self, name: str, verdicts: list[Verdict], times: list[int]) -> Iterator[RawSample]:
         samples = read_raw(self.data / name, lambda problem: None)
         for sample, verdict, n in zip(samples, verdicts, times, strict=True):
-            meta = sample.meta | {"scores": sample.meta.get("scores", {}) | verdict.scores}
-            if verdict.labels:
-                meta["labels"] = sample.meta.get("labels", {}) | verdict.labels
+            meta = verdict.noted(sample.meta)
             for copy in range(n):
                 key = f"{sample.key}-copy{copy}" if copy else sample.key
                 yield replace(sample, key=key, meta=meta)

@@ -1,135 +1,37 @@
 """The training loader: one global order of samples, of which every rank takes its part of each step.
 
-The order is a function of (seed, epoch) and the data set alone. Epochs follow each other without a seam: a step is the
-next `batch_size` samples, whatever epoch they belong to, so nothing is dropped. How many ranks there are decides only
-who computes what. The cursor (epoch, index) resumes exactly, in any layout.
+The order (`data_pipeline.order`) is a function of the seed and the data set alone. Epochs follow each other without a
+seam: a step is the next `batch_size` samples, whatever epoch they belong to, so nothing is dropped. How many ranks
+there are decides only who computes what: each gets about the same FLOPs. The cursor resumes exactly, in any layout.
 """
 
-import hashlib
 import heapq
-import json
-import os
 import queue
+import sys
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+from tqdm import tqdm
 
-from data_pipeline.sample import EncodedSample, Fingerprint
-from data_pipeline.shards import encoded_sample, list_shards, shape_problem, token_count
-from data_pipeline.tar_index import read_member, tar_index
+from data_pipeline.dataset import EncodedDataset
+from data_pipeline.order import ByShard, Cursor, Order, Shuffled
+from data_pipeline.sample import EncodedSample
 
-Cursor = tuple[int, int]
-"""(epoch, index of the next sample in that epoch's order)."""
-
-OPEN_SHARDS = 64
-
-
-class EncodedDataset:
-    """Random access to the encoded samples of one folder or of several.
-
-    Folders made with another VAE, text encoder or template, or (unless `mixed_resolutions`) at another resolution, are
-    refused with ValueError. Damaged shards give the samples that they still hold; `problems` says what is wrong.
-    """
-
-    def __init__(self, folders: Path | str | Sequence[Path | str], mixed_resolutions: bool = False):
-        from safetensors.torch import load_file
-
-        folders = [Path(f) for f in ([folders] if isinstance(folders, Path | str) else folders)]
-        self.fingerprint = read_fingerprint(folders[0])
-        self.problems: list[str] = []
-        self.txt_empty: Tensor = load_file(folders[0] / "empty.safetensors")["txt"]
-        self._entries = []
-        tokens = []
-        for place, folder in enumerate(folders):
-            other = read_fingerprint(folder)
-            self.fingerprint.require(
-                replace(other, resolution=self.fingerprint.resolution) if mixed_resolutions else other, str(folder)
-            )
-            for shard in list_shards(folder):
-                index = tar_index(shard)
-                if index.problem:
-                    self.problems.append(f"{shard}: {index.problem}")
-                for entry in index.entries:
-                    if "json" not in entry.members or not {"latent", "txt"} <= set(entry.shapes):
-                        self.problems.append(f"{shard}/{entry.key}: not a whole sample")
-                        continue
-                    if problem := shape_problem(entry.shapes):
-                        self.problems.append(f"{shard}/{entry.key}: {problem}")
-                        continue
-                    self._entries.append((shard, entry, f"@{place}" if place else ""))
-                    tokens.append(token_count(entry.shapes))
-        self.tokens = np.array(tokens, dtype=np.int64)
-        """Tokens of each sample in joint attention."""
-        if not tokens:
-            why = f"; the first is {self.problems[0]}" if self.problems else ""
-            raise ValueError(f"no encoded samples in {', '.join(map(str, folders))}{why}")
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def key(self, index: int) -> str:
-        """The sample's key; from the second folder on followed by '@' and the folder's place.
-
-        Randomness is a function of it, so equal keys of two folders draw different noise.
-        """
-        _, entry, suffix = self._entries[index]
-        return entry.key + suffix
-
-    def __getitem__(self, index: int) -> EncodedSample:
-        """Read one sample; the empty prompt's hidden states are filled in. ValueError names a broken one."""
-        shard, entry, suffix = self._entries[index]
-        with self._lock:
-            descriptor = self._descriptor(shard)
-            tensors, record = (read_member(descriptor, entry, ext) for ext in ("safetensors", "json"))
-        try:
-            sample = encoded_sample(entry.key + suffix, tensors, record)
-        except ValueError as error:
-            raise ValueError(f"{shard}/{entry.key}: {error}; delete the shard and produce it again") from None
-        return sample if sample.txt_empty is not None else replace(sample, txt_empty=self.txt_empty)
-
-    def _descriptor(self, shard: Path) -> int:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-        else:
-            self._open[shard] = os.open(shard, os.O_RDONLY)
-            if len(self._open) > OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-        return self._open[shard]
-
-    def close(self) -> None:
-        """Close the shards; reading opens them again."""
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
+RETRIES_S = (0.1, 1.0, 5.0)
+"""Pauses after which a sample is read again that the disk did not give."""
+PATIENCE_S = 0.5
+"""How often, while there are no data, it is asked whether to go on waiting."""
 
 
-def read_fingerprint(folder: Path) -> Fingerprint:
-    """What the encoded data set in `folder` was made with; ValueError if it is none."""
-    try:
-        return Fingerprint(**json.loads((folder / "dataset.json").read_text())["fingerprint"])
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} is no encoded data set (no dataset.json): make one with produce.py, or run that to its end"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/dataset.json is broken ({error}); produce the data set again") from None
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of range(n) in which samples are seen in `epoch`.
-
-    Sorts by raw words of Philox, whose stream numpy guarantees to keep, unlike its shuffles.
-    """
-    digest = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=16).digest()
-    words = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n)
-    return np.argsort(words, kind="stable")
+class Interrupted(Exception):
+    """Waiting for data was interrupted."""
 
 
 def spread(costs: Sequence[int], bins: int) -> list[list[int]]:
@@ -147,6 +49,12 @@ def spread(costs: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
+def flops(tokens: int, width: int) -> int:
+    """What a sample costs a block of this width, up to a factor: 24 width^2 a token for its products, 4 width tokens
+    for attention to all tokens of the sample."""
+    return tokens * (6 * width + tokens)
+
+
 def microbatches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of `costs` in as few balanced groups as keep every group at `max_tokens` or less."""
     bins = max(1, -(-sum(costs) // max_tokens))
@@ -162,7 +70,9 @@ class Loader:
 
     `batch_size` counts samples of all ranks. Each rank has at least one microbatch a step; ranks may differ in their
     number. Ranks that share a `dp_rank` (tensor and context parallel peers) get the same. A background thread reads
-    `prefetch` steps ahead. ValueError if a sample has more than `max_tokens` tokens or a rank would go empty.
+    `prefetch` steps ahead. ValueError if a sample has more than `max_tokens` tokens or a rank would go empty; a sample
+    that turns out to be broken is named and left out. `width` is the model's, of which the cost of attention depends;
+    by default attention counts for nothing.
     """
 
     def __init__(
@@ -174,6 +84,8 @@ class Loader:
         seed: int = 0,
         max_tokens: int = 1 << 16,
         prefetch: int = 2,
+        order: Order | None = None,
+        width: int = 1 << 20,
     ):
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} is none of {dp_size}")
@@ -181,16 +93,18 @@ class Loader:
             raise ValueError(
                 f"a batch of {batch_size} leaves some of the {dp_size} data-parallel ranks without a sample"
             )
-        longest = int(dataset.tokens.argmax())
-        length = dataset.tokens[longest]
-        if length > max_tokens:
-            raise ValueError(
-                f"sample {dataset.key(longest)} has {length} tokens, a microbatch at most {max_tokens}: "
-                "raise max_tokens, or produce the data at a lower resolution"
-            )
-        self.dataset, self.batch_size, self.seed, self.max_tokens = dataset, batch_size, seed, max_tokens
-        self.dp_rank, self.dp_size, self.prefetch = dp_rank, dp_size, prefetch
-        self._cursor: Cursor = (0, 0)
+        self.dataset, self.batch_size, self.max_tokens = dataset, batch_size, max_tokens
+        if not self.grows:
+            self._require_fitting(int(dataset.tokens.argmax()))
+        self.dp_rank, self.dp_size, self.prefetch, self.width = dp_rank, dp_size, prefetch, width
+        self.order = order or (ByShard(dataset, seed) if hasattr(dataset, "shards") else Shuffled(len(dataset), seed))
+        self.buckets: Counter[str] = Counter()
+        """Sizes, width x height in latent pixels, of this rank's samples in the last step."""
+        self.interrupted: Callable[[], bool] = lambda: False
+        """Whether waiting for data should end with `Interrupted`."""
+        self.passed_over = 0
+        """Broken samples so far."""
+        self._cursor: Cursor = self.order.first
         self._reader: _Reader | None = None
 
     def __iter__(self) -> "Loader":
@@ -198,21 +112,44 @@ class Loader:
 
     def __next__(self) -> list[list[EncodedSample]]:
         if self._reader is None:
-            self._reader = _Reader(self._steps(self._cursor), self.prefetch)
-        self._cursor, batch = self._reader.get()
+            self._reader = _Reader(partial(self._steps, self._cursor), self.prefetch)
+        self._cursor, batch = self._reader.get(self.interrupted)
+        self.buckets = Counter(_bucket(sample) for group in batch for sample in group)
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The cursor after the last step that was taken, for JSON."""
-        return {"epoch": self._cursor[0], "index": self._cursor[1]}
+    @property
+    def grows(self) -> bool:
+        """Whether a step may have to wait for data that are still being made."""
+        return not isinstance(self.dataset.tokens, np.ndarray)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a cursor, as if the loader had never stopped. ValueError if it isn't one of this data set."""
-        epoch, index = state["epoch"], state["index"]
-        if epoch < 0 or not 0 <= index < len(self.dataset):
-            raise ValueError(f"the cursor {state} is not one of a data set of {len(self.dataset)} samples")
+    @property
+    def depth(self) -> int:
+        """Steps that are ready."""
+        return 0 if self._reader is None else self._reader.depth
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor after the last step that was taken, for JSON."""
+        return {"cursor": self._cursor, **self._about()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a cursor, as if the loader had never stopped. ValueError if it is one of other data."""
+        if "cursor" not in state:
+            raise ValueError(
+                "the checkpoint's place in the data is that of an earlier version: start a new run from it"
+            )
+        wrong = [name for name, value in self._about().items() if state.get(name, value) != value]
+        if wrong:
+            raise ValueError(
+                f"the run stopped at {state['cursor']} in other data or in another order ({wrong[0]} was "
+                f"{state[wrong[0]]}, is {self._about()[wrong[0]]}): give it the data that it had, or start a new run"
+            )
         self.close()
-        self._cursor = (epoch, index)
+        self._cursor = state["cursor"]
+
+    def _about(self) -> dict[str, str]:
+        """What a cursor is a cursor of."""
+        identity = getattr(self.dataset, "identity", None)
+        return {"order": self.order.describe()} | ({} if identity is None else {"data": identity})
 
     def close(self) -> None:
         """Stop the background thread; the next step starts it again."""
@@ -220,18 +157,75 @@ class Loader:
             self._reader.close()
             self._reader = None
 
-    def _steps(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[list[EncodedSample]]]]:
-        epoch, index = cursor
-        order = epoch_order(len(self.dataset), self.seed, epoch)
+    def _steps(self, cursor: Cursor, stop: threading.Event) -> Iterator[tuple[Cursor, list[list[EncodedSample]]]]:
+        places = self.order.places(cursor, stop)
         while True:
             step: list[tuple[int, int]] = []
-            while len(step) < self.batch_size:
-                step.append((int(order[index]), epoch))
-                index += 1
-                if index == len(order):
-                    epoch, index = epoch + 1, 0
-                    order = epoch_order(len(self.dataset), self.seed, epoch)
-            yield (epoch, index), [[replace(self.dataset[i], epoch=e) for i, e in group] for group in self.share(step)]
+            drawn = 0
+            for index, epoch, after in islice(places, self.batch_size):
+                if self._fits(index):
+                    step.append((index, epoch))
+                cursor, drawn = after, drawn + 1
+            if not drawn:
+                return
+            if len(step) < self.dp_size:
+                raise ValueError(f"{drawn - len(step)} of the {drawn} samples of a step are too long: raise max_tokens")
+            whole = [group for places in self.share(step) if (group := self._read(places))]
+            yield cursor, whole or [self._any_of(step)]
+
+    def _read(self, places: list[tuple[int, int]]) -> list[EncodedSample]:
+        """Samples by (index, epoch); one that is broken is named and left out."""
+        found = []
+        for index, epoch in places:
+            try:
+                found.append(self._sample(index, epoch))
+            except ValueError as error:
+                self._pass_over(error)
+        return found
+
+    def _sample(self, index: int, epoch: int) -> EncodedSample:
+        """Read a sample; where the disk fails, a few times. It isn't passed over then: peers would have it."""
+        for pause in RETRIES_S:
+            try:
+                return replace(self.dataset[index], epoch=epoch)
+            except OSError:
+                time.sleep(pause)
+        return replace(self.dataset[index], epoch=epoch)
+
+    def _any_of(self, step: list[tuple[int, int]]) -> list[EncodedSample]:
+        """One sample of a step of which this rank's part is all broken, as the others wait for its gradient.
+
+        ValueError if all of the step is broken.
+        """
+        for index, epoch in step:
+            try:
+                return [self._sample(index, epoch)]
+            except ValueError as error:
+                problem = error
+        raise ValueError(f"not one of the {len(step)} samples of a step can be read: {problem}")
+
+    def _fits(self, index: int) -> bool:
+        """Whether a sample is short enough. Of a set that still grows, one that is not is named and left out."""
+        if not self.grows:
+            return True  # all were looked at in the beginning
+        try:
+            self._require_fitting(index)
+        except ValueError as error:
+            self._pass_over(error)
+            return False
+        return True
+
+    def _pass_over(self, error: Exception) -> None:
+        self.passed_over += 1
+        tqdm.write(f"passed over: {error}", sys.stderr)
+
+    def _require_fitting(self, index: int) -> None:
+        length = int(self.dataset.tokens[index])
+        if length > self.max_tokens:
+            raise ValueError(
+                f"sample {self.dataset.key(index)} has {length} tokens, a microbatch at most {self.max_tokens}: "
+                "raise max_tokens, or produce the data at a lower resolution"
+            )
 
     def share(self, step: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """This rank's microbatches of a global step, given as (index, epoch) of each sample.
@@ -239,18 +233,24 @@ class Loader:
         In a microbatch, samples are sorted by length: attention runs those of one length as one batch.
         """
         costs = [int(self.dataset.tokens[i]) for i, _ in step]
-        mine = spread(costs, self.dp_size)[self.dp_rank]
+        mine = spread([flops(tokens, self.width) for tokens in costs], self.dp_size)[self.dp_rank]
         groups = microbatches([costs[i] for i in mine], self.max_tokens)
         return [[step[mine[j]] for j in sorted(group, key=lambda j: costs[mine[j]])] for group in groups]
+
+
+def _bucket(sample: Any) -> str:
+    latent = getattr(sample, "latent", None)
+    return "other" if latent is None else f"{latent.shape[-1]}x{latent.shape[-2]}"
 
 
 class _Reader:
     """Draws from an iterator in one daemon thread, at most `depth` items ahead; passes its exception on."""
 
-    def __init__(self, items: Iterator, depth: int):
-        self._items = items
+    def __init__(self, items: Callable[[threading.Event], Iterator], depth: int):
+        """`items` makes the iterator; it is told of an event that ends its waiting."""
         self._queue: queue.Queue = queue.Queue(maxsize=max(1, depth))
         self._stop = threading.Event()
+        self._items = items(self._stop)
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         self._thread.start()
 
@@ -259,6 +259,7 @@ class _Reader:
             for item in self._items:
                 if not self._put((item, None)):
                     return
+            self._put((None, StopIteration()))
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer
             self._put((None, error))
 
@@ -271,8 +272,19 @@ class _Reader:
                 continue
         return False
 
-    def get(self):
-        item, error = self._queue.get()
+    @property
+    def depth(self) -> int:
+        """Items that are ready."""
+        return self._queue.qsize()
+
+    def get(self, interrupted: Callable[[], bool]):
+        while True:
+            try:
+                item, error = self._queue.get(timeout=PATIENCE_S)
+                break
+            except queue.Empty:
+                if interrupted():
+                    raise Interrupted from None
         if error is not None:
             self._queue.put((None, error))
             raise error

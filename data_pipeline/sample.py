@@ -116,9 +116,13 @@ class Fingerprint:
     """Hash of the prompt template, its dropped prefix and the tokenizer."""
     resolution: int
     """Side, in pixels, of the square whose area pictures were resized to."""
+    version: int = 0
+    """Of the code that encodes (`data_pipeline.encoding.ENCODING_VERSION`); 0 of data from before it had one."""
 
     def require(self, other: "Fingerprint", where: str) -> None:
         """Raise ValueError naming every difference."""
+        if other.version < self.version:
+            raise ValueError(f"{where} was encoded by an earlier version of this code; produce it again")
         mine, theirs = asdict(self), asdict(other)
         bad = [f"{name}: {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]]
         if bad:

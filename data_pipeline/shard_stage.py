@@ -5,15 +5,19 @@ what became of its samples. A stage that is run again redoes only shards without
 """
 
 import json
-import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.claims import Claims
 from data_pipeline.shards import Problem, list_shards
 from files import remove_leftovers, write_json
 
 Record = dict[str, Any]
+POLL_S = 1.0
+"""How often to look after shards that others make."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class ShardStage:
     settings: dict[str, Any]
 
     def __post_init__(self):
+        for name in ("inputs", "settings"):  # as they will be read back
+            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
         foreign = {p.name for p in self.out.glob("*.tar") if not p.name.startswith(".")} - set(self.inputs)
         if foreign:
             raise ValueError(
@@ -40,15 +46,31 @@ class ShardStage:
         """The shards that are not finished."""
         return [name for name in self.inputs if self.record(name) is None]
 
-    def my_pending(self) -> list[str]:
-        """Those of this process under torchrun: of all inputs, every WORLD_SIZE-th from RANK on.
+    def work(self, claims: Claims, may_begin: Callable[[int], bool] = lambda number: True) -> Iterator[str]:
+        """Shards to make and to `finish`, in order, until all are finished, by this process or by others.
 
-        Whose a shard is depends on no other process's progress, so ranks may begin at any time. A run with another
-        number of ranks goes on with what is left; if ranks of an earlier one are still at work, a shard may be made
-        twice, with the same result.
+        Each is claimed while it is worked on. Shards of others are waited for, and taken over if these die; so are
+        shards that `may_begin` (told of a shard's place in the order) holds back.
         """
-        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        return [name for name in list(self.inputs)[rank::world] if self.record(name) is None]
+        left = dict(enumerate(self.inputs))
+        while left:
+            made = False
+            for number, name in list(left.items()):
+                if self.record(name) is not None:
+                    claims.forget(name)
+                    del left[number]
+                elif not may_begin(number):
+                    break
+                elif claims.take(name):
+                    try:
+                        if self.record(name) is None:
+                            yield name
+                    finally:
+                        claims.release(name)
+                    del left[number]
+                    made = True
+            if left and not made:
+                time.sleep(POLL_S)
 
     def target(self, name: str) -> Path:
         return self.out / name
@@ -67,14 +89,13 @@ class ShardStage:
         remove_leftovers(self._record_path(name))
         write_json(self._record_path(name), record | {"settings": self.settings, "input": self.inputs[name]})
 
+    def forget(self, name: str) -> None:
+        """Remove the record of a shard that is out of date."""
+        self._record_path(name).unlink(missing_ok=True)
+
     def records(self) -> list[Record]:
         """What is known about the finished shards, in order."""
         return [record for name in self.inputs if (record := self.record(name)) is not None]
-
-    def progress(self, records: list[Record]) -> str:
-        """'3 shards', or while other processes have some to finish, '2 of 3 shards'."""
-        done, total = len(records), len(self.inputs)
-        return f"{total} shards" if done == total else f"{done} of {total} shards (the rest is for other processes)"
 
     def _record_path(self, name: str) -> Path:
         return self.target(name).with_suffix(".record.json")

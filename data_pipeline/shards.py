@@ -6,7 +6,6 @@ and reports it. Nothing is pickled, and nothing is ever unpickled.
 
 import json
 import math
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,7 @@ def read_raw(path: Path, on_problem: OnProblem | None = None) -> Iterator[RawSam
     """
     report = on_problem or _refuse
     seen: set[str] = set()
-    for members in read_members(path, report):
+    for members in read_members(path, report, _is_raw):
         key = members["__key__"]
         try:
             sample = _raw_sample(key, members)
@@ -91,7 +90,7 @@ def read_raw(path: Path, on_problem: OnProblem | None = None) -> Iterator[RawSam
 def read_encoded(path: Path, on_problem: OnProblem | None = None) -> Iterator[EncodedSample]:
     """The encoded samples of one shard, in order; damage is treated as by `read_raw`."""
     report = on_problem or _refuse
-    for members in read_members(path, report):
+    for members in read_members(path, report, lambda ext: ext in ("safetensors", "json")):
         try:
             yield encoded_sample(members["__key__"], members.get("safetensors"), members.get("json"))
         except ValueError as error:
@@ -195,6 +194,11 @@ def token_count(shapes: dict[str, tuple[int, ...]], patch: int = 2) -> int:
     return shapes["txt"][0] + sum(math.prod(shape[1:]) for shape in pictures) // patch**2
 
 
+def _is_raw(ext: str) -> bool:
+    """Whether a member belongs to a raw sample."""
+    return ext in (*IMAGE_EXTENSIONS, "json", "mask.png") or ext.startswith("reference.")
+
+
 def _refuse(problem: Problem) -> None:
     raise ValueError(str(problem))
 
@@ -223,9 +227,16 @@ def _record(key: str, meta: dict) -> bytes:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _require_good_key(key: str) -> None:
+def key_problem(key: str) -> str | None:
+    """What is wrong with a sample's key; None if nothing is."""
     if not key or set(key) & set("./"):
-        raise ValueError(f"the key {key!r} must be a name without '.' and '/'; data_pipeline/ingest.py makes such")
+        return f"the key {key!r} must be a name without '.' and '/'; data_pipeline/ingest.py makes such"
+    return None
+
+
+def _require_good_key(key: str) -> None:
+    if problem := key_problem(key):
+        raise ValueError(problem)
 
 
 def record_bytes(meta: dict) -> bytes:
@@ -287,22 +298,18 @@ def _raw_sample(key: str, members: dict) -> RawSample:
     return RawSample(key, members[ext], ext, set_apart(meta), references, members.get("mask.png"))
 
 
-def read_members(path: Path, report: OnProblem) -> Iterator[dict]:
-    """The samples of a tar as webdataset groups them, up to the damage if there is any."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+def read_members(path: Path, report: OnProblem, wanted: Callable[[str], bool] = lambda ext: True) -> Iterator[dict]:
+    """The samples of a tar, up to the damage if there is any: {"__key__": key, extension: bytes}.
 
-    def stop(error: Exception) -> bool:
-        return False
-
-    def repeated(error: Exception) -> bool:
-        report(Problem(path.name, "", str(error.args[0])))
-        return True
-
-    if damage := scan(path).problem:
-        report(Problem(path.name, "", damage))
+    Reads where the headers say and nothing else: no decompression, no links, no names of files are followed.
+    """
+    index = scan(path)
+    if index.problem:
+        report(Problem(path.name, "", index.problem))
     with open(path, "rb") as file:
-        try:
-            members = tar_file_iterator(file, handler=stop)
-            yield from group_by_keys((m | {"__url__": str(path)} for m in members), handler=repeated)
-        except tarfile.TarError:
-            return
+        for entry in index.entries:
+            try:
+                members = {x: read_member(file.fileno(), entry, x) for x in entry.members if wanted(x)}
+                yield {"__key__": entry.key} | members
+            except ValueError as error:
+                report(Problem(path.name, entry.key, str(error)))

@@ -4,7 +4,10 @@ A recipe is a tuple of stages; a new experiment is a new recipe. Thresholds were
 defects (tests/data_pipeline/test_filters.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from command_line import UserError
 
 SYNTHETIC = ("text", "shapes", "square-shapes")
 """Sources whose pictures are drawn: plain by design, so the filters for photographs don't apply."""
@@ -113,3 +116,20 @@ TOY = _with(
 
 RECIPES = {"report": REPORT, "toy": TOY}
 """toy: for pictures of 128 px and less, whose photographs are overlapping crops of a few, as the demo makes them."""
+
+
+def chosen_stages(recipe: str, numbers: str, more: Sequence[Rule] = ()) -> tuple[Stage, ...]:
+    """The stages of a recipe that `numbers` names, as "1-3,5", and one of `more` rules. UserError if there are none."""
+    wanted = _parse(numbers) if numbers else set()
+    stages = tuple(stage for stage in RECIPES[recipe] if stage.number in wanted)
+    if unknown := wanted - {stage.number for stage in stages}:
+        raise UserError(f"the recipe {recipe} has no stage {min(unknown)}; it has 1-{len(RECIPES[recipe])}")
+    return (*stages, Stage(len(RECIPES[recipe]) + 1, "more filters", tuple(more))) if more else stages
+
+
+def _parse(text: str) -> set[int]:
+    try:
+        ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
+        return {n for first, *last in ends for n in range(first, (last or [first])[0] + 1)}
+    except ValueError:
+        raise UserError(f"--stages takes numbers as in 1-3 or 1,3, not {text!r}") from None

@@ -200,14 +200,17 @@ class Conditioner:
         )
 
     def fingerprint(self) -> tuple[str, str]:
-        """Hashes of (the text encoder's config and weights, the templates with tokenizer and settings)."""
+        """Hashes of (the text encoder's config and weights, the templates with tokenizer and settings).
+
+        Weights count as bf16, as which hidden states are kept, whatever they are stored or run in.
+        """
         encoder = hashlib.blake2b(digest_size=16)
         encoder.update(
             json.dumps(_architecture(self.text_encoder.config.to_dict()), sort_keys=True, default=str).encode()
         )
         for name, tensor in sorted(self.text_encoder.state_dict().items()):
-            encoder.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            encoder.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            encoder.update(f"{name}{tuple(tensor.shape)}".encode())
+            encoder.update(tensor.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().data)
         template = hashlib.blake2b(digest_size=16)
         template.update(json.dumps({name: asdict(t) for name, t in TEMPLATES.items()}, sort_keys=True).encode())
         template.update(f"{self.edit_template} {self.max_length} {self.mrope} {self.picture_area}".encode())

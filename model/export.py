@@ -1,5 +1,6 @@
 """Export a run as a diffusers folder, which QwenImagePipeline.from_pretrained (or an edit pipeline) loads."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,13 @@ def main(config: Config) -> None:
     import torch
 
     from model.diffusers_io.folder import write_pipeline
+    from training.encoded_with import require_encoded_with
     from training.loading import whole_weights
+
+    try:
+        require_encoded_with(components, source.settings.get("data", ()))
+    except ValueError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
     with progress(2, "export", "step") as bar:
         model_config, weights = whole_weights(config.checkpoint, config.ema)

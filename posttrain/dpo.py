@@ -90,6 +90,7 @@ from posttrain.preference import (
 from posttrain.rollout.prompts import read_prompts
 from rewards import WeightedRewards
 from training.algorithm import Fixed, Frozen, Metrics, Model
+from training.encoded_with import require_encoded_with
 from training.flow_matching import noised, per_sample_mean, samples_shown
 from training.randomness import Randomness
 from training.studio import Studio
@@ -120,6 +121,8 @@ class DPO(Paged):
         config, engine = self.config, self.studio.engine
         if self.missing:
             self._make_pairs()
+        if engine.rank == 0:
+            require_encoded_with(config.components, [self.folder])
         self.dataset = PairDataset(self.folder, config.num_pairs if config.pairs is None else None)
         return Loader(
             self.dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
@@ -154,7 +157,7 @@ class DPO(Paged):
         config, studio = self.config, self.studio
         encoder = Encoder(studio.conditioner, studio.vae, config.size_px)
         if self.reward is None:
-            make, wanted = lambda judged: encode_pair(encoder, judged), len(self.missing)
+            make, wanted = lambda some: (s for judged in some for s in encode_pair(encoder, judged)), len(self.missing)
         else:
             sampler = Sampler(FixedSchedule(config.sampling_steps), cfg_scale=config.cfg_scale)
             rng = Randomness(config.loop.seed)

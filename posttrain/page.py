@@ -36,6 +36,8 @@ class Paged:
 
     def finished(self, run: Path) -> None:
         """Write the page, once the run is at its end."""
+        if hasattr(super(), "finished"):
+            super().finished(run)
         print(f"open {write_page(run, self.captions)}", flush=True)
 
 

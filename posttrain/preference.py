@@ -7,7 +7,7 @@ KEY-lose. Pairs are drawn from a model and judged by a reward (`PairDrawing`), o
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.dataset import EncodedDataset
 from data_pipeline.encoding import Encoder
-from data_pipeline.loader import EncodedDataset
 from data_pipeline.pictures import decode, fit
 from data_pipeline.sample import EncodedSample
 from data_pipeline.shards import shard_name, write_encoded
@@ -102,21 +102,26 @@ class PairDrawing:
     """Smallest difference of reward that makes a pair."""
     rng: Randomness
 
-    def pairs(self, prompt: Prompt) -> Iterator[EncodedSample]:
-        """Winner and loser of a prompt, or nothing."""
+    def pairs(self, prompts: list[Prompt]) -> Iterator[EncodedSample]:
+        """Winner and loser of each prompt that has them; all pictures are drawn together."""
         painter, side = self.studio.painter(self.sampler), self.size_px // PIXELS_PER_LATENT
-        (condition,) = self.studio.conditions([prompt.text])
-        keys = [f"{prompt.key}#{i}" for i in range(self.pictures)]
-        requests = [Request(condition, self.rng.normal(key, 0, "preference", (16, 1, side, side))) for key in keys]
+        conditions = self.studio.conditions([prompt.text for prompt in prompts])
+        requests = [
+            Request(condition, self.rng.normal(f"{prompt.key}#{i}", 0, "preference", (16, 1, side, side)))
+            for prompt, condition in zip(prompts, conditions, strict=True)
+            for i in range(self.pictures)
+        ]
         latents = painter.latents([r.to(painter.device) for r in requests])
         images = [to_uint8(picture) for picture in painter.decode(latents)]
-        rewards = self.reward(images, [prompt.text] * self.pictures, [prompt.metadata] * self.pictures)["reward"]
-        if (chosen := best_and_worst(rewards, self.min_gap)) is None:
-            return
-        for index, name in zip(chosen, ("win", "lose"), strict=True):
-            meta = prompt.metadata | {"caption": prompt.text, "source": "drawn", "reward": float(rewards[index])}
-            latent, txt = latents[index].float().cpu(), condition.txt.bfloat16()
-            yield EncodedSample(f"{prompt.key}-{name}", latent, txt, meta=meta)
+        asked = [prompt for prompt in prompts for _ in range(self.pictures)]
+        scores = self.reward(images, [p.text for p in asked], [p.metadata for p in asked])["reward"]
+        for number, (prompt, rewards) in enumerate(zip(prompts, scores.split(self.pictures), strict=True)):
+            if (chosen := best_and_worst(rewards, self.min_gap)) is None:
+                continue
+            for index, name in zip(chosen, ("win", "lose"), strict=True):
+                meta = prompt.metadata | {"caption": prompt.text, "source": "drawn", "reward": float(rewards[index])}
+                latent, txt = latents[number * self.pictures + index], conditions[number].txt
+                yield EncodedSample(f"{prompt.key}-{name}", latent.float().cpu(), txt.bfloat16(), meta=meta)
 
 
 def pair_settings(config: Any) -> dict[str, Any]:
@@ -141,13 +146,13 @@ def write_pairs(
     folder: Path,
     settings: dict[str, Any],
     items: list[Any],
-    make: Callable[[Any], Iterator[EncodedSample]],
+    make: Callable[[list[Any]], Iterable[EncodedSample]],
     wanted: int,
     encoder: Encoder,
     engine: "Engine",
     show: Callable[[int], None],
 ) -> int:
-    """Write the pairs that `make` yields for each item until there are `wanted`; returns how many there are.
+    """Write the pairs that `make` yields for a shard's items until there are `wanted`; returns how many there are.
 
     Data-parallel ranks take shards of `ITEMS_PER_SHARD` items in turns; their peers work along and do not write. A
     finished shard is kept, so that an interrupted call goes on. Which pairs come first does not depend on the number of
@@ -164,7 +169,7 @@ def write_pairs(
     for first in range(0, len(shards), engine.dp_size):
         mine = first + engine.dp_rank
         if mine < len(shards) and not (folder / shard_name(mine)).exists():
-            samples = [sample for item in shards[mine] for sample in make(item)]
+            samples = list(make(shards[mine]))
             if writes:
                 write_encoded(folder / shard_name(mine), samples)
         torch.distributed.barrier()

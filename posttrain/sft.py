@@ -13,27 +13,21 @@ try:
     import tyro
 
     from command_line import UserError
+    from training.data_config import DataConfig
     from training.demo_data import demo_data, encoded_folder
     from training.engine.config import EngineConfig
     from training.loop import LoopConfig
     from training.source import BASE, look
-    from training.start import RunConfig, optimizer, start, toy_optimizer
+    from training.start import optimizer, start, toy_optimizer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(DataConfig):
     data: tuple[Path, ...] = ()
-    """Encoded data sets (of data_pipeline/produce.py). Default: what --init was trained on; for the shipped base, the
-    demo's, made if missing."""
-    batch_size: int = 512
-    """Samples in a step, over all ranks."""
-    condition_dropout: float = 0.1
-    """Probability that a sample trains with the empty prompt, for guidance."""
-    held_out: int | None = None
-    """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws.
-    Default: a tenth, 512 at most."""
+    """Encoded data sets (of data_pipeline/produce.py), or a single one that is still being made. Default: what --init
+    was trained on; for the shipped base, the demo's, made if missing."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=lambda: LoopConfig(10_000, save_every=500))
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=2e-5))
 
@@ -41,6 +35,7 @@ class Config(RunConfig):
     TOY: ClassVar = dict(batch_size=32, loop=LoopConfig(50, save_every=25), engine=toy_optimizer(1e-4))
 
     def completed(self) -> "Config":
+        self.require_sources()
         config = super().completed()
         data = config.data or tuple(look(config.init).settings.get("data", ()))
         if not data and config.init.resolve() == BASE:
@@ -58,14 +53,13 @@ class Config(RunConfig):
 if __name__ == "__main__":
     start(Config, "posttrain.sft:SFT")
 
-from data_pipeline.loader import EncodedDataset
 from posttrain.page import Paged
 from training.flow_on_data import FlowOnData
 from training.studio import Studio
 
 
-class SFT(FlowOnData, Paged):
+class SFT(Paged, FlowOnData):
     """Flow matching on the data of a config."""
 
     def __init__(self, config: Config, studio: Studio):
-        super().__init__(config, studio, EncodedDataset(config.data, mixed_resolutions=True))
+        super().__init__(config, studio, mixed_resolutions=True)

@@ -5,6 +5,7 @@ tensor parallelism; batch sizes, lengths and learning rates of the 20B preset ar
 preset on a CPU, on the demo's pictures, at resolutions whose ratios are about the same.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,15 +13,15 @@ from typing import ClassVar, Literal
 from command_line import UserError, flag
 from model.config import PRESETS, MMDiTConfig
 from pretrain.plan import plan
+from training.data_config import DataConfig
 from training.demo_data import demo_data
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
 from training.source import BASE, TOY_SIDE_PX, look, preset_of
-from training.start import RunConfig
 
 
 @dataclass(frozen=True)
-class StageConfig(RunConfig):
+class StageConfig(DataConfig):
     """One stage of the curriculum."""
 
     res: Literal[256, 640, 1328] = 256
@@ -28,7 +29,8 @@ class StageConfig(RunConfig):
     preset: Literal["tiny", "small", "qwen-image"] = "qwen-image"
     """Size of the model. Default: that of --init, else the one that takes the text states of --data, else tiny."""
     data: tuple[Path, ...] = ()
-    """Encoded data sets (of data_pipeline/produce.py). Default: the demo's, made if it is missing."""
+    """Encoded data sets (of data_pipeline/produce.py), or a single one that is still being made. Default: the demo's,
+    made if it is missing."""
     init: Path | None = None
     """Start from the averaged weights of this run, or from this diffusers folder or hub id. Default: at random."""
     components: Path | None = None
@@ -39,8 +41,6 @@ class StageConfig(RunConfig):
     """Tokens, of text and image, in a microbatch."""
     density: Literal["logit-normal", "uniform", "mode"] = "logit-normal"
     """Density of noise levels."""
-    condition_dropout: float = 0.1
-    """Probability that a sample trains with the empty prompt, for guidance."""
     held_out: int = 0
     """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws."""
     sample_every: int = 1000
@@ -58,7 +58,8 @@ class StageConfig(RunConfig):
 
     def completed(self) -> "StageConfig":
         config = replace(self, out=self.out or Path(f"runs/pretrain-{self.res}"))
-        for path in (*config.data, config.components):
+        config.require_sources()
+        for path in (*(config.data if config.raw is None else ()), config.components):
             if path is not None and not path.exists():
                 raise UserError(f"{path} does not exist")
         if config.data or config.dry_run:
@@ -124,9 +125,19 @@ def likely_preset(argv: list[str]) -> str:
             raise UserError(f"{init} is of no preset ({', '.join(PRESETS)}); pretraining takes the presets' models")
         return preset
     width = None if (data := flag(argv, "--data")) is None else _text_width(Path(data))
+    if width is None and flag(argv, "--raw") and (components := flag(argv, "--components")):
+        width = _encoder_width(Path(components) / "text_encoder" / "config.json")
     if width is None or width == PRESETS["tiny"].joint_attention_dim:
         return "tiny"
     return "qwen-image"
+
+
+def _encoder_width(config: Path) -> int | None:
+    """Width of a Qwen2.5-VL's hidden states; None if there is none."""
+    try:
+        return json.loads(config.read_text())["text_config"]["hidden_size"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _text_width(data: Path) -> int | None:

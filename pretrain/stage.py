@@ -15,18 +15,19 @@ if __name__ == "__main__":
     start(StageConfig, "pretrain.stage:Pretraining")
 
 from command_line import UserError
-from data_pipeline.loader import EncodedDataset
 from training.flow_on_data import FlowOnData
 from training.studio import Studio
 
 
 class Pretraining(FlowOnData):
-    """Flow matching on the encoded data of one resolution. UserError for data of another width or resolution."""
+    """Flow matching on the encoded data of one resolution, or of several in --shares. UserError for data of another
+    width, or of which none have the stage's resolution."""
 
     def __init__(self, config: StageConfig, studio: Studio):
-        dataset = EncodedDataset(config.data)
-        super().__init__(config, studio, dataset, config.density)
-        if dataset.fingerprint.resolution != config.side_px():
+        super().__init__(config, studio, density=config.density)
+        dataset = self.whole
+        parts = getattr(dataset, "parts", [dataset])
+        if config.side_px() not in {part.fingerprint.resolution for part in parts}:
             raise UserError(
                 f"{config.data[0]} was encoded at {dataset.fingerprint.resolution} px, stage {config.res} of "
                 f"preset {config.preset} trains at {config.side_px()} px; produce it with --res {config.side_px()}"

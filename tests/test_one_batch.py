@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.dataset import EncodedDataset
 from data_pipeline.encoding import Encoder
-from data_pipeline.loader import EncodedDataset, Loader
+from data_pipeline.loader import Loader
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import read_raw, write_raw
 from data_pipeline.synthesis.shapes_world import prompt_of, render, sample_prompt

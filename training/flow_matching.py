@@ -70,9 +70,8 @@ def noised(
     return inputs, torch.cat([patchify(velocity(s.latent, e)) for s, e in zip(samples, noise, strict=True)])
 
 
-def samples_shown(dataset: Sequence[EncodedSample], count: int = 8) -> list[Request]:
-    """Requests for pictures of a data set's first samples at fixed seeds."""
-    samples = [dataset[i] for i in range(min(count, len(dataset)))]
+def samples_shown(samples: Sequence[EncodedSample]) -> list[Request]:
+    """Requests for pictures of samples' prompts at fixed seeds."""
     rng = Randomness(0)
     return [
         Request(

@@ -1,14 +1,18 @@
 """The loss on samples that are never trained on, at draws that never change: what tells of a run before pictures do."""
 
-import hashlib
+import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from data_pipeline.loader import EncodedDataset, microbatches
+from data_pipeline.dataset import EncodedDataset
+from data_pipeline.loader import microbatches
 from data_pipeline.sample import EncodedSample
 from training.engine.step import moved
 from training.flow_matching import VelocityMSE, per_sample_mean
@@ -40,6 +44,33 @@ class Part:
     def __getitem__(self, index: int) -> EncodedSample:
         return self._whole[self._places[index]]
 
+    @property
+    def mixes_first(self) -> bool:
+        return self._whole.mixes_first
+
+    @property
+    def shards(self) -> int:
+        return self._whole.shards
+
+    @property
+    def identity(self) -> str:
+        return f"{self._whole.identity}, {len(self)} of {len(self._whole)} samples"
+
+    def ready(self, shard: int) -> bool:
+        return self._whole.ready(shard)
+
+    def wait(self, shards: Sequence[int], stop: threading.Event) -> None:
+        self._whole.wait(shards, stop)
+
+    def count(self, shard: int, stop: threading.Event | None = None) -> int:
+        return len(self.rows(shard))
+
+    def rows(self, shard: int, stop: threading.Event | None = None) -> np.ndarray:
+        """Indices of the samples of a shard that are in this part."""
+        whole = self._whole.rows(shard)
+        ends = (whole[0], whole[-1] + 1) if len(whole) else (0, 0)
+        return np.arange(*np.searchsorted(self._places, ends))
+
 
 def hold_out(dataset: EncodedDataset, count: int) -> tuple[Part, Part]:
     """(what is trained on, `count` samples that are not).
@@ -49,8 +80,7 @@ def hold_out(dataset: EncodedDataset, count: int) -> tuple[Part, Part]:
     """
     if not 0 < count < len(dataset):
         raise ValueError(f"{count} of {len(dataset)} samples cannot be held out: take fewer, or none (0)")
-    hashes = [hashlib.blake2b(dataset.key(i).encode(), digest_size=8).digest() for i in range(len(dataset))]
-    order = np.array(sorted(range(len(dataset)), key=hashes.__getitem__))
+    order = np.argsort(dataset.key_hashes(), kind="stable")
     return Part(dataset, np.sort(order[count:])), Part(dataset, np.sort(order[:count]))
 
 
@@ -71,27 +101,42 @@ class HeldOutHook:
         sigma, losses = (x.cpu().numpy() for x in self.measure(engine))
         if not self.run.writes:
             return
-        scores = {"loss": float(losses.mean())}
+        read = sigma.min(1) > 0
+        if not read.any():
+            raise ValueError("not one of the held-out samples can be read")
+        scores = {"loss": float(losses[read].mean())}
         for low, high in zip(BANDS, BANDS[1:], strict=False):
             inside = (sigma > low) & (sigma <= high)
             if inside.any():
                 scores[f"loss/{low:g}-{high:g}"] = float(losses[inside].mean())
-        each = {"key": [self.held.key(i) for i in range(len(self.held))], "loss": losses.mean(1).tolist()}
+        each = {"key": [self.held.key(i) for i in np.flatnonzero(read)], "loss": losses[read].mean(1).tolist()}
         self.run.log_scores("held_out", step, scores, each)
 
     @torch.no_grad()
     def measure(self, engine: "Engine") -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise levels and losses, fp64 [samples, DRAWS], on all ranks; data-parallel ranks measure some each."""
+        """Noise levels and losses, fp64 [samples, DRAWS], on all ranks; data-parallel ranks measure some each. Zeros
+        for a sample that cannot be read."""
         model, rng = engine.frozen["ema"], Randomness(0)
         found = torch.zeros(2, len(self.held), DRAWS, dtype=torch.float64, device=engine.device)
-        mine = [(i, d) for i in range(engine.dp_rank, len(self.held), engine.dp_size) for d in range(DRAWS)]
+        samples = self._read(range(engine.dp_rank, len(self.held), engine.dp_size))
+        mine = [(i, d) for i in samples for d in range(DRAWS)]
         costs = [int(self.held.tokens[i]) for i, _ in mine]
         for group in microbatches(costs, self.max_tokens) if mine else []:
             places = [mine[j] for j in sorted(group, key=costs.__getitem__)]
-            batch = [replace(self.held[i], epoch=d) for i, d in places]
+            batch = [replace(samples[i], epoch=d) for i, d in places]
             inputs, target = (moved(x, engine.device) for x in self.objective.prepare(batch, rng, engine.align))
             losses = per_sample_mean((model(inputs).float() - target) ** 2, inputs)
             rows, draws = zip(*places, strict=True)
             found[0, rows, draws], found[1, rows, draws] = inputs.sigma.double(), losses.double()
         dist.all_reduce(found, group=engine.layout.dp_group)
         return found[0], found[1]
+
+    def _read(self, indices: Sequence[int]) -> dict[int, EncodedSample]:
+        """Samples by index, without those that are broken, which are named."""
+        found = {}
+        for index in indices:
+            try:
+                found[index] = self.held[index]
+            except ValueError as error:
+                tqdm.write(f"not measured: {error}", sys.stderr)
+        return found

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from training.engine.step import Engine
 
 
+WORTH_SAYING = 0.02
+"""Share of a step's time that may be spent waiting for data before the progress line says so."""
 IMPATIENT_S = 3.0
 """A signal that comes so long after the first one asks to stop at once."""
 
@@ -57,6 +59,7 @@ def train(
 
     SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt; one that comes later does not wait.
     """
+    from data_pipeline.loader import Interrupted
     from training.randomness import Randomness
 
     rng = Randomness(config.seed)
@@ -71,17 +74,31 @@ def train(
             hook(engine, 0)
             engine.frozen.release()
     with progress(config.steps, run.path.name, "step", engine.step_count) as bar, interruptions() as interrupted:
+        grows = getattr(batches, "grows", False)
+        if grows or (engine.world_size == 1 and hasattr(batches, "interrupted")):
+            batches.interrupted = interrupted  # else data come at once
         while engine.step_count < config.steps:
-            begin = time.perf_counter()
-            microbatches = next(batches, None)
+            begin, here, gave_up = time.perf_counter(), batches.state_dict(), False
+            try:
+                microbatches = next(batches, None)
+            except Interrupted:
+                gave_up = True
+            if engine.any_rank(gave_up) if grows else gave_up:  # one may have its data while another waits
+                if saved != engine.step_count:
+                    save(engine, here, run, config.keep)
+                run.close()
+                raise KeyboardInterrupt
             if microbatches is None:
                 break
+            waited = time.perf_counter() - begin
             metrics = engine.step(algorithm, microbatches, rng)
             step, last = engine.step_count, engine.step_count == config.steps
-            run.log(step, metrics, {"samples_per_second": metrics["samples"] / (time.perf_counter() - begin)})
-            bar.set_postfix(
-                {n: f"{metrics[n]:.4g}" for n in ("loss", "grad_norm", "lr") if n in metrics}, refresh=False
-            )
+            speed = speed_of(batches, metrics["samples"], waited, time.perf_counter() - begin)
+            run.log(step, metrics, speed)
+            shown = {n: f"{metrics[n]:.4g}" for n in ("loss", "grad_norm", "lr") if n in metrics}
+            if speed.get("data_wait", 0) > WORTH_SAYING:
+                shown["data_wait"] = f"{speed['data_wait']:.0%}"
+            bar.set_postfix(shown, refresh=False)
             bar.update()
             for hook in hooks:
                 if last or step % hook.every == 0:
@@ -89,20 +106,31 @@ def train(
                     engine.frozen.release()
             stopping = engine.any_rank(interrupted())
             if last or stopping or step % config.save_every == 0:
-                save(engine, batches, run, config.keep)
+                save(engine, batches.state_dict(), run, config.keep)
                 saved = step
             if stopping and not last:
                 run.close()
                 raise KeyboardInterrupt
     if saved != engine.step_count:
-        save(engine, batches, run, config.keep)
+        save(engine, batches.state_dict(), run, config.keep)
     run.close()
 
 
-def save(engine: "Engine", batches: "Batches", run: RunFolder, keep: int) -> None:
-    """Write a checkpoint of this moment and delete those older than the newest `keep`."""
+def speed_of(batches: "Batches", samples: float, waited: float, seconds: float) -> dict[str, float]:
+    """Samples a second; of a `data_pipeline.loader.Loader` also the share of a step's time that went with waiting for
+    data, how many steps are ready ("queue_depth"), how many broken samples were passed over, and this process's
+    samples a second of each bucket ("samples_per_second/WxH")."""
+    speed = {"samples_per_second": samples / seconds, "seconds": seconds}
+    if not hasattr(batches, "depth"):
+        return speed
+    speed |= {"data_wait": waited / seconds, "queue_depth": batches.depth, "passed_over": batches.passed_over}
+    return speed | {f"samples_per_second/{bucket}": count / seconds for bucket, count in batches.buckets.items()}
+
+
+def save(engine: "Engine", cursor: dict[str, Any], run: RunFolder, keep: int) -> None:
+    """Write a checkpoint of this moment, with the batches' cursor, and delete those older than the newest `keep`."""
     run.sync()
-    engine.save_step(run.checkpoints, {"batches": batches.state_dict()}, keep)
+    engine.save_step(run.checkpoints, {"batches": cursor}, keep)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 config.toml      every setting, resolved; `--config` takes it back
 metrics.jsonl    one row a step, equal to that of a run that was never interrupted (so it holds no times)
+speed.jsonl      one row a step that was made, times and rates, also of steps that an interruption undid
 validation.jsonl one row a validation: scores of pictures of frozen prompts, drawn by the moving average
 tensorboard/     the same, and speed
 held_out.jsonl   the same of the loss on held-out samples
@@ -33,7 +34,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Any, writes: bool = True):
         self.path, self.writes = Path(path), writes
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
-        self._metrics = self._board = None
+        self._metrics = self._speed = self._board = None
         if writes:
             for folder in (self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -61,14 +62,16 @@ class RunFolder:
                 rows = measured.read_text().splitlines(keepends=True)
                 _replace(measured, [row for row in rows if json.loads(row)["step"] <= step and step])
         self._metrics = file.open("a")
+        self._speed = (self.path / "speed.jsonl").open("a")
         self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
-        """Append the row of a step; what is not finite becomes null. `speed` goes to TensorBoard alone."""
+        """Append the row of a step; what is not finite becomes null. `speed` goes to a file of its own."""
         if not self.writes:
             return
         self._metrics.write(_row(step, metrics))
         self._metrics.flush()
+        self._speed.write(_row(step, speed))
         for name, value in {**metrics, **speed}.items():
             self._board.add_scalar(name, value, step)
 
@@ -92,9 +95,9 @@ class RunFolder:
     def close(self) -> None:
         """Close the logs."""
         if self._metrics is not None:
-            self._metrics.close()
-            self._board.close()
-            self._metrics = self._board = None
+            for log in (self._metrics, self._speed, self._board):
+                log.close()
+            self._metrics = self._speed = self._board = None
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

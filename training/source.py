@@ -88,9 +88,9 @@ class Source:
         if "size_px" in self.settings:
             return self.settings["size_px"]
         if self.settings.get("data"):
-            from data_pipeline.loader import read_fingerprint
+            from data_pipeline.dataset import read_fingerprint
 
-            return read_fingerprint(self.settings["data"][0]).resolution
+            return read_fingerprint(self.settings["data"][0], growing=True).resolution
         if self.kind == "hub" or self.model_config().num_parameters > TOY_PARAMETERS:
             return PUBLISHED_SIDE_PX
         return TOY_SIDE_PX[256]

@@ -293,12 +293,13 @@ class VAE(nn.Module):
     # Files.
 
     def fingerprint(self) -> str:
-        """Hash of what a latent depends on: the encoder's weights and the latent statistics."""
+        """Hash of what a latent depends on: the encoder's weights, as bf16 whatever they are run in, and the latent
+        statistics."""
         digest = hashlib.sha256(repr((self.config.latents_mean, self.config.latents_std)).encode())
         for name, weight in sorted(self.state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.")):
                 digest.update(f"{name} {tuple(weight.shape)} ".encode())
-                digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+                digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
     @classmethod

@@ -1,12 +1,16 @@
 """Every filter and label by name. Each describes itself where it is written; a module's are found here."""
 
+import inspect
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 from command_line import UserError, load_named
 from data_pipeline.filters import caption, file, marks, models, picture, record, text, whole_set
 from data_pipeline.filters.description import Filter, Label, SampleFilter, SetFilter
-from data_pipeline.stages import Rule
+from data_pipeline.stages import Rule, Stage
+from files import hash_files
 
 MODULES = (file, picture, caption, text, marks, record, models, whole_set)
 
@@ -39,6 +43,12 @@ def find(name: str) -> Filter:
     if found.name in ours or found.name != name.rpartition(":")[2]:
         raise UserError(f"{name} is called {found.name}: a filter has the name of its function, and one not taken")
     return found
+
+
+def own_code(stages: Sequence[Stage]) -> str | None:
+    """Hash of the files of one's own filters in some stages; None without any."""
+    own = [find(rule.filter) for stage in stages for rule in stage.rules if ":" in rule.filter]
+    return hash_files({Path(inspect.getsourcefile(x.score)) for x in own}) if own else None
 
 
 def rule_of(term: str) -> Rule:

@@ -22,6 +22,11 @@ class Verdict:
     """Number of that filter's stage."""
     why: str = ""
 
+    def noted(self, meta: dict) -> dict:
+        """A sample's record with these scores and labels."""
+        meta = meta | {"scores": meta.get("scores", {}) | self.scores}
+        return meta | {"labels": meta.get("labels", {}) | self.labels} if self.labels else meta
+
     def scored(self, rule: Rule, stage: int, score: float | None, why: str = "") -> "Verdict":
         """This verdict with one more score, which may drop the sample."""
         scores = self.scores if score is None else self.scores | {rule.name: round(score, 5)}

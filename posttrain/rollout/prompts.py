@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.loader import epoch_order
+from data_pipeline.order import permutation
 
 SHAPES_PROMPTS = 2048
 """Prompts of the embedded default, balanced over GenEval's six tags."""
@@ -50,7 +50,7 @@ class PromptStream:
     def __next__(self) -> list[tuple[Prompt, int]]:
         (epoch, index), places = self._cursor, []
         while len(places) < self.count:
-            order = epoch_order(len(self.prompts), self.seed, epoch)
+            order = permutation(len(self.prompts), "order", self.seed, epoch)
             taken = order[index : index + self.count - len(places)]
             places += [(self.prompts[i], epoch) for i in taken]
             index += len(taken)

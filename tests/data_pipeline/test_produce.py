@@ -4,6 +4,8 @@ import json
 import os
 import struct
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,16 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from data_pipeline.dataset import EncodedDataset
 from data_pipeline.encoding import Encoder
-from data_pipeline.loader import EncodedDataset, Loader
+from data_pipeline.loader import Loader
 from data_pipeline.pictures import decode, fit
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import read_encoded, shard_name, write_raw
 from model.conditioner import Conditioner
 from vae.autoencoder import VAE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -237,24 +242,41 @@ def test_killed_and_run_again_gives_the_same_bytes(raw_folder: Path, components:
     assert not differ and not missing
 
 
-def test_ranks_that_begin_one_after_the_other_make_every_shard(
-    raw_folder: Path, produce, tmp_path: Path, make_raw, monkeypatch: pytest.MonkeyPatch
+def test_producers_that_begin_at_different_times_make_each_shard_once(
+    raw_folder: Path, components: Path, tmp_path: Path
 ):
-    def run(*ranks: int, of: int) -> str:
-        monkeypatch.setenv("WORLD_SIZE", str(of))
-        for rank in ranks:
-            monkeypatch.setenv("RANK", str(rank))
-            done = produce(raw_folder, out)
-            assert done.returncode == 0, done.stderr
-        return done.stdout
+    command = [sys.executable, "data_pipeline/produce.py", "--data", raw_folder, "--components", components]
 
-    for order in ((0, 1), (1, 0)):
-        out = tmp_path / str(order)
-        said = run(*order, of=2)
-        assert len(EncodedDataset(out)) == 39 and "39 samples in 3 shards" in said
-    out = tmp_path / "another number of ranks"
-    assert "13 samples in 1 of 3 shards" in run(1, of=2)
-    assert "39 samples in 3 shards" in run(3, 2, 1, 0, of=4)
+    def run(out: Path, producers: int) -> None:
+        started = []
+        for _ in range(producers):
+            started.append(subprocess.Popen([*command, "--out", out], stdout=subprocess.PIPE, text=True, cwd=ROOT))
+            time.sleep(0.5)
+        for process in started:
+            said, _ = process.communicate(timeout=300)
+            assert process.returncode == 0 and "39 samples in 3 shards" in said
+
+    run(tmp_path / "one", 1)
+    run(tmp_path / "three", 3)
+    assert len(EncodedDataset(tmp_path / "three")) == 39
+    for i in range(3):
+        assert filecmp.cmp(tmp_path / "one" / shard_name(i), tmp_path / "three" / shard_name(i), shallow=False)
+    assert not list((tmp_path / "three" / "claims").iterdir())
+
+
+def test_filters_drop_samples_before_they_are_encoded(raw_folder: Path, produce, tmp_path: Path):
+    rule = ["--stages", "1", "--filters", "resolution=100"]
+    done = produce(raw_folder, tmp_path / "out", *rule)
+    assert done.returncode == 0, done.stderr
+    dataset = EncodedDataset(tmp_path / "out")
+    kept = [dataset[i] for i in range(len(dataset))]
+    assert 0 < len(kept) < 39 and f"{39 - len(kept)} dropped by filters" in done.stdout
+    assert all(s.meta["scores"]["resolution"] >= 100 for s in kept)
+    assert dataset.scores("resolution").min() >= 100
+    again = produce(raw_folder, tmp_path / "out", *rule)
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    curated = produce(raw_folder, tmp_path / "all")
+    assert curated.returncode == 0 and len(EncodedDataset(tmp_path / "all")) == 39
 
 
 def test_changed_input_is_encoded_anew_and_foreign_shards_are_refused(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.dataset import EncodedDataset
 from data_pipeline.encoding import Encoder
-from data_pipeline.loader import EncodedDataset, Loader
+from data_pipeline.loader import Loader
 from data_pipeline.pictures import fit
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import read_encoded, read_raw, shard_name, write_raw

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_pipeline.sample import EncodedSample, RawSample
+from data_pipeline.sample_index import shard_table
 from data_pipeline.shards import list_shards, read_encoded, read_raw, shard_name, write_encoded, write_raw
 from data_pipeline.tar_index import index_path, read_member, tar_index
 
@@ -244,7 +245,7 @@ def test_an_index_works_in_a_folder_that_cannot_be_written(tmp_path: Path, monke
     assert len(tar_index(path).entries) == 2
 
 
-def test_a_broken_safetensors_header_is_damage(tmp_path: Path):
+def test_a_broken_safetensors_header_costs_its_sample_alone(tmp_path: Path):
     path = tmp_path / "a.tar"
     write_encoded(path, encoded(3))
     at, _ = tar_index(path).entries[1].members["safetensors"]
@@ -252,4 +253,6 @@ def test_a_broken_safetensors_header_is_damage(tmp_path: Path):
     data[at : at + 8] = b"\xff" * 8
     path.write_bytes(data)
     index = tar_index(path)
-    assert [e.key for e in index.entries if "latent" in e.shapes] == ["k000"] and "broken safetensors" in index.problem
+    assert [e.key for e in index.entries if "latent" in e.shapes] == ["k000", "k002"] and index.problem is None
+    table = shard_table(path)
+    assert len(table) == 2 and table.problems == (f"{path}/k001: not a whole sample",)

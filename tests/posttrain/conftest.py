@@ -35,6 +35,33 @@ def init(components, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def make_pictures():
+    """make_pictures(folder, shards, each): raw shards of pictures of noise."""
+
+    def make(folder: Path, shards: int, each: int) -> Path:
+        import io
+
+        import numpy as np
+        from PIL import Image
+
+        from data_pipeline.sample import RawSample
+        from data_pipeline.shards import shard_name, write_raw
+
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for shard in range(shards):
+            samples = []
+            for i in range(each):
+                file = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (48, 40 + 8 * (i % 3), 3), np.uint8)).save(file, "PNG")
+                samples.append(RawSample(f"k{shard}-{i}", file.getvalue(), "png", {"caption": f"noise {i}"}))
+            write_raw(folder / shard_name(shard), samples)
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def one_process():
     """A world of one, for code that meets its peers at barriers."""
     import torch.distributed as dist

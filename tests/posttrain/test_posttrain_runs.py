@@ -160,3 +160,17 @@ def test_the_held_out_loss_is_that_of_any_number_of_processes(init, data, tmp_pa
     assert "held-out loss" in (tmp_path / "one" / "index.html").read_text()
     with pytest.raises(AssertionError, match="--held-out: 6 of 6 samples"):
         run_world(1, entry, "sft", 30, 30, settings | {"out": tmp_path / "all", "held_out": 6}, deadline_s=DEADLINE_S)
+
+
+def test_training_on_data_that_are_still_being_made_is_training_on_the_whole(init, components, tmp_path, make_pictures):
+    settings = {"init": init, "batch_size": 4, "validate_every": 0, "held_out": 0}
+    raw, live = make_pictures(tmp_path / "raw", shards=3, each=5), tmp_path / "live-data"
+    run_world(
+        1, entry, "sft", 8, 3, settings | {"out": tmp_path / "live", "data": (live,), "raw": str(raw)},
+        deadline_s=DEADLINE_S,
+    )  # fmt: skip
+    assert (live / "dataset.json").exists()
+    run_world(1, entry, "sft", 8, 3, settings | {"out": tmp_path / "whole", "data": (live,)}, deadline_s=DEADLINE_S)
+    assert_same_run(tmp_path / "live", tmp_path / "whole")
+    rows = [json.loads(row) for row in (tmp_path / "live" / "speed.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and rows[0]["data_wait"] > 0 and any("samples_per_second/" in name for name in rows[0])

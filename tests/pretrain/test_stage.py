@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from worlds import run_world
 
 from command_line import from_dict, read_toml
+from data_pipeline.encoding import ENCODING_VERSION
 from data_pipeline.sample import EncodedSample
 from data_pipeline.shards import shard_name, write_encoded
 from pretrain.recipes import STAGES, StageConfig, recipe
@@ -24,8 +25,8 @@ from training.run_folder import read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-def make_data(folder: Path, side_px: int, width: int = 128) -> Path:
-    """An encoded data set of noise in three aspect ratios."""
+def make_data(folder: Path, side_px: int, width: int = 128, vae: str = "v") -> Path:
+    """An encoded data set of noise in three aspect ratios, as if by the VAE of that fingerprint."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(side_px)
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -37,15 +38,18 @@ def make_data(folder: Path, side_px: int, width: int = 128) -> Path:
     ]
     write_encoded(folder / shard_name(0), samples)
     save_file({"txt": normal(2, width).bfloat16()}, folder / "empty.safetensors")
-    fingerprint = {"vae": "v", "text_encoder": "t", "template": "m", "resolution": side_px}
+    fingerprint = {"vae": vae, "text_encoder": "t", "template": "m", "resolution": side_px, "version": ENCODING_VERSION}
     (folder / "dataset.json").write_text(json.dumps({"fingerprint": fingerprint}))
     return folder
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def data(tmp_path_factory: pytest.TempPathFactory, components: Path) -> dict[int, Path]:
+    from vae.autoencoder import VAE
+
     folders = {side: tmp_path_factory.mktemp(f"data{side}") for side in (64, 96)}
-    return {side: make_data(folder, side) for side, folder in folders.items()}
+    vae = VAE.from_folder(components).fingerprint()
+    return {side: make_data(folder, side, vae=vae) for side, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")

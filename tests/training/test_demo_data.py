@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.loader import EncodedDataset
+from data_pipeline.dataset import EncodedDataset
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import write_raw
 from posttrain.sft import Config
@@ -57,7 +57,7 @@ def test_a_killed_making_goes_on_and_other_ranks_wait_for_its_end(begun: Path):
     first.wait()
     with pytest.raises(ValueError, match="no encoded data set"):
         EncodedDataset(encoded)
-    opens = "from data_pipeline.loader import EncodedDataset; EncodedDataset(demo_data.demo_data(64))"
+    opens = "from data_pipeline.dataset import EncodedDataset; EncodedDataset(demo_data.demo_data(64))"
     other = start(opens, rank=1)
     try:
         assert demo_data.demo_data(64) == encoded

@@ -13,9 +13,11 @@ from multiprocessing.connection import wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["training.engine.step", "training.loop", "training.run_folder", "data_pipeline.loader"]
-)
+_CONTEXT.set_forkserver_preload([
+    "training.engine.step", "training.loop", "training.run_folder", "data_pipeline.loader", "data_pipeline.live",
+    "data_pipeline.encoding", "vae.autoencoder", "model.conditioner",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+])  # fmt: skip
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, deadline_s: float = 120) -> list[Any]:
