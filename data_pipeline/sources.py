@@ -92,7 +92,7 @@ def persistently(deadline_s: float, function: Callable[[], T]) -> T:
     for attempt in range(ATTEMPTS - 1):
         try:
             return within(deadline_s, function)
-        except FileNotFoundError:
+        except (FileNotFoundError, UserError):
             raise
         except Exception:  # noqa: BLE001 - each file system raises its own
             time.sleep(PAUSE_S * 2**attempt)
