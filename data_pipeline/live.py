@@ -93,18 +93,20 @@ def announce(stage: ShardStage, plan: Plan, claims: Claims, prepare: Callable[[]
     folder, plan, unfinished = stage.out, plan.as_read(), stage.pending()
     with claims.hold(PLAN):
         there = Plan.read(folder)
+        if unfinished and (folder / "dataset.json").exists():
+            unfinished = stage.pending()  # somebody may have finished and sealed it since
         if there == plan and not unfinished:
             plan.write(folder)  # anew, for those who wait for it
             return
         if there is None and (folder / "dataset.json").exists():  # made by hand, or by an earlier version
             plan.fingerprint.require(read_fingerprint(folder), str(folder))
         if there is not None and there != plan:
-            if different := plan.differences(there):
-                if any(folder.glob("*.tar")):
-                    raise ValueError(
-                        f"{folder} is made with other settings ({'; '.join(different)}): delete it, or choose another"
-                    )
-            elif at_work := claims.others():
+            different, at_work = plan.differences(there), claims.others()
+            if different and (at_work or any(folder.glob("*.tar"))):
+                raise ValueError(
+                    f"{folder} is made with other settings ({'; '.join(different)}): delete it, or choose another"
+                )
+            if at_work:
                 raise ValueError(f"{folder} is being made of other inputs ({at_work[0]} is at work): wait for that")
             for name in there.inputs:
                 if there.inputs[name] != plan.inputs.get(name):

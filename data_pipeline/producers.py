@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from command_line import UserError, die_with_parent
+from data_pipeline.dataset import LIVE
 from data_pipeline.production import Production, produce
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +73,6 @@ class Producers:
             self.problem = str(results[0])
 
     def _in_thread(self, work: Production) -> Callable[[], str | None]:
-
         def run() -> str | None:
             try:
                 produce(work)
@@ -142,8 +142,6 @@ def _alone() -> dict[str, str]:
 
 def plan_stamp(out: Path) -> tuple[int, int] | None:
     """Tells when the plan in `out` was written; None without one."""
-    from data_pipeline.dataset import LIVE
-
     try:
         stat = (out / LIVE).stat()
     except FileNotFoundError:

@@ -49,6 +49,7 @@ class Production:
 
 
 def produce(config: Production) -> None:
+    """Encode until the set is whole, beside whoever else does. UserError for what cannot be read or does not fit."""
     sizes = buckets(config.res)
     for folder, what in ((config.data, "--data"), (config.components, "--components")):
         if "://" not in str(folder) and not str(folder).startswith("pipe:") and not Path(folder).is_dir():

@@ -5,9 +5,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from data_pipeline.shards import shard_name, write_raw
+
 SHARDS, SAMPLES, PASSES, BATCH = 5, 6, 2, 4
 MIXED = 2
 """Shards that are permuted together."""
+
+
+def write_shards(folder: Path, make_raw) -> Path:
+    """SHARDS raw shards of SAMPLES pictures."""
+    for i in range(SHARDS):
+        write_raw(folder / shard_name(i), make_raw(SAMPLES, seed=i))
+    return folder
 
 
 def encode(raw: Path, components: Path, out: Path, ahead: int = 3) -> None:

@@ -172,6 +172,16 @@ def test_a_set_is_never_made_anew_with_other_settings_unasked(raw, tmp_path, enc
     assert {p.name: p.read_bytes() for p in making.out.iterdir() if p.is_file()} == before
 
 
+def test_a_plan_of_others_who_have_made_nothing_yet_stands(raw, tmp_path, encoder):
+    making = Making(raw, tmp_path / "out", encoder)
+    assert making.claims.take("producer-1")
+    mine = Claims(making.out / "claims", beat_s=0.05, dead_s=0.5)
+    with pytest.raises(ValueError, match="made with other settings"):
+        announce(making.stage, Plan(encoder.fingerprint(), {"batch_size": 8}, making.stage.inputs), mine, pytest.fail)
+    making.claims.close()
+    mine.close()
+
+
 def test_shards_that_went_missing_are_missed(raw, tmp_path, encoder):
     out = finished(Making(raw, tmp_path / "out", encoder)).out
     (out / shard_name(3)).unlink()

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from live_runs import BATCH, PASSES, SAMPLES, SHARDS, counted, encode, train
+from live_runs import BATCH, PASSES, SHARDS, counted, encode, train, write_shards
 from worlds import start
 
-from data_pipeline.shards import read_raw, shard_name, write_raw
+from data_pipeline.shards import read_raw, shard_name
 
 QUICK_ROUNDS = 10
 
@@ -96,10 +96,7 @@ def failed(receiver) -> bool:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory, make_raw) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    for i in range(SHARDS):
-        write_raw(folder / shard_name(i), make_raw(SAMPLES, seed=i))
-    return folder
+    return write_shards(tmp_path_factory.mktemp("raw"), make_raw)
 
 
 @pytest.mark.slow

@@ -5,10 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from live_runs import BATCH, PASSES, SAMPLES, SHARDS, encode, lineage, train
+from live_runs import BATCH, PASSES, SAMPLES, SHARDS, encode, lineage, train, write_shards
 from worlds import collect, run_world, start
 
-from data_pipeline.shards import shard_name, write_raw
 from training.engine.checkpoint import list_checkpoints
 
 DEADLINE_S = 120
@@ -16,10 +15,7 @@ DEADLINE_S = 120
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory, make_raw) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    for i in range(SHARDS):
-        write_raw(folder / shard_name(i), make_raw(SAMPLES, seed=i))
-    return folder
+    return write_shards(tmp_path_factory.mktemp("raw"), make_raw)
 
 
 @pytest.fixture(scope="module")
