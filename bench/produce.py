@@ -125,13 +125,11 @@ class NoConditioner:
 
 def produce(raw: Path, side: int) -> None:
     from data_pipeline.encoding import Encoder
-    from data_pipeline.tar_index import tar_index
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "shard-000000.tar"
         encoder = Encoder(NoConditioner(), NoVAE(), side, decode_threads=1)  # two would share a core and each seem slow
         encoder.encode_shard(raw / out.name, out, print, lambda n: None)
-        tar_index(out)
 
 
 def parts(raw: Path, config: Config) -> None:

@@ -32,7 +32,7 @@ def decode(data: bytes) -> "Image":
             size = image.size
             if size[0] * size[1] <= MAX_PIXELS:
                 image.load()
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
     except UnidentifiedImageError:
         raise ValueError("is not a picture, or its header is damaged") from None
     except Exception as error:  # noqa: BLE001 - Pillow lets anything out of a damaged file: struct.error, KeyError ...
@@ -68,7 +68,10 @@ def _to_srgb(image: "Image", profile: bytes | None) -> "Image":
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     transform = _transform(profile, image.mode) if profile else None
-    found = image.convert("RGB") if transform is None else ImageCms.applyTransform(image, transform)
+    if transform is not None:
+        found = ImageCms.applyTransform(image, transform)
+    else:
+        found = image if image.mode == "RGB" else image.convert("RGB")
     found.info.pop("icc_profile", None)  # or saving it would say what it isn't any more
     return found
 

@@ -144,7 +144,7 @@ def encode_shards(stage, claims, may_begin, sources, encoder, deadline_s: float)
     from data_pipeline.live import FETCHED
     from data_pipeline.shards import Problem
     from data_pipeline.sources import Unreachable
-    from data_pipeline.tar_index import scan, tar_index
+    from data_pipeline.tar_index import scan
 
     left = stage.pending()
     first = next((scan(Path(sources[name].address)) for name in left if not sources[name].remote), None)
@@ -162,7 +162,6 @@ def encode_shards(stage, claims, may_begin, sources, encoder, deadline_s: float)
             except Unreachable as error:
                 failed.append(str(error))
                 continue
-            tar_index(stage.target(name))  # kept beside it, for every reader
             bar.total += n - expected.pop(name, 0)
             record = {"samples": n, "skipped": [asdict(p) for p in problems]}
             stage.finish(name, record | ({"dropped": dict(sorted(dropped.items()))} if encoder.filters else {}))

@@ -7,13 +7,13 @@ and reports it. Nothing is pickled, and nothing is ever unpickled.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.pictures import decode
 from data_pipeline.sample import EncodedSample, RawSample, set_apart
-from data_pipeline.tar_index import Entry, read_member, scan, tar_index
+from data_pipeline.tar_index import BLOCK, Entry, TarIndex, keep_index, read_member, scan, tar_index
 from files import atomic_file, remove_leftovers
 
 if TYPE_CHECKING:
@@ -57,12 +57,21 @@ def list_shards(folder: Path) -> list[Path]:
 
 def write_raw(path: Path, samples: Iterable[RawSample]) -> int:
     """Write a shard of raw samples; returns their number. ValueError for a bad key, extension or record."""
-    return _write(path, (_raw_members(s) for s in samples))
+    return len(_write(path, (_raw_members(s) for s in samples)))
 
 
 def write_encoded(path: Path, samples: Iterable[EncodedSample]) -> int:
-    """Write a shard of encoded samples; returns their number."""
-    return _write(path, (_encoded_members(s) for s in samples))
+    """Write a shard of encoded samples, and its index beside it; returns their number."""
+    shapes = []
+
+    def members() -> Iterator[dict]:
+        for sample in samples:
+            shapes.append({name: tuple(tensor.shape) for name, tensor in _tensors(sample).items()})
+            yield _encoded_members(sample)
+
+    written = _write(path, members())
+    keep_index(path, TarIndex(tuple(replace(e, shapes=s) for e, s in zip(written, shapes, strict=True))))
+    return len(written)
 
 
 def read_raw(path: Path, on_problem: OnProblem | None = None) -> Iterator[RawSample]:
@@ -169,7 +178,7 @@ def require_sound(sample: EncodedSample) -> None:
         dtype = torch.bfloat16 if name.startswith("txt") else torch.float32
         if tensor.dtype != dtype:
             raise ValueError(f"its {name} is {tensor.dtype}, not {dtype}")
-        if not tensor.isfinite().all():
+        if not math.isfinite(tensor.sum()) and not tensor.isfinite().all():  # a sum is quick, but may overflow
             raise ValueError(f"its {name} holds NaN or infinity")
     if problem := shape_problem({name: tuple(tensor.shape) for name, tensor in _tensors(sample).items()}):
         raise ValueError(problem)
@@ -203,18 +212,23 @@ def _refuse(problem: Problem) -> None:
     raise ValueError(str(problem))
 
 
-def _write(path: Path, samples: Iterable[dict]) -> int:
+def _write(path: Path, samples: Iterable[dict]) -> list[Entry]:
+    """Write samples of members {"__key__": key, extension: bytes}; says where each lies."""
     from webdataset import TarWriter
 
     remove_leftovers(path)
-    keys: set[str] = set()
+    written: dict[str, Entry] = {}
     with atomic_file(path) as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
         for members in samples:
-            if members["__key__"] in keys:
-                raise ValueError(f"{path.name}: the key {members['__key__']} comes twice")
-            keys.add(members["__key__"])
-            tar.write(members)
-    return len(keys)
+            key = members.pop("__key__")
+            if key in written:
+                raise ValueError(f"{path.name}: the key {key} comes twice")
+            written[key] = Entry(key, {})
+            for ext, data in sorted(members.items()):
+                tar.write({"__key__": key, ext: data})
+                padded = -(-len(data) // BLOCK) * BLOCK
+                written[key].members[ext] = (tar.tarstream.offset - padded, len(data))
+    return list(written.values())
 
 
 def _record(key: str, meta: dict) -> bytes:

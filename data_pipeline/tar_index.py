@@ -54,22 +54,23 @@ def tar_index(tar: Path) -> TarIndex:
 
     A tar that is cut or broken gives the samples before the damage and says so in `problem`. OSError if unreadable.
     """
-    stat = tar.stat()
-    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "format": FORMAT}
-    cache = index_path(tar)
+    stamp = _stamp(tar)
     try:
-        data = json.loads(cache.read_text())
+        data = json.loads(index_path(tar).read_text())
         if {name: data[name] for name in stamp} == stamp:
             return _from_json(data)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no cache, or one that another program left: built again below
     index = scan(tar)
-    try:
-        with atomic_file(cache) as file:
-            file.write(json.dumps(stamp | _to_json(index), separators=(",", ":")).encode())
-    except OSError:
-        pass  # a read-only data set is indexed at each start
+    with suppress(OSError):  # a read-only data set is indexed at each start
+        keep_index(tar, index)
     return index
+
+
+def keep_index(tar: Path, index: TarIndex) -> None:
+    """Write the cache beside `tar`."""
+    with atomic_file(index_path(tar)) as file:
+        file.write(json.dumps(_stamp(tar) | _to_json(index), separators=(",", ":")).encode())
 
 
 def scan(tar: Path) -> TarIndex:
@@ -143,6 +144,11 @@ def read_member(descriptor: int, entry: Entry, ext: str) -> bytes:
     if len(data) != size:
         raise ValueError(f"{entry.key}.{ext}: {len(data)} of {size} bytes; the shard changed while it was in use")
     return data
+
+
+def _stamp(tar: Path) -> dict[str, int]:
+    stat = tar.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "format": FORMAT}
 
 
 def _to_json(index: TarIndex) -> dict:

@@ -122,7 +122,7 @@ def test_what_cannot_be_encoded_costs_that_sample_alone(tmp_path: Path, make_raw
         assert f"skipped shard-000000.tar/{samples[i].key}: " in done.stdout and what in done.stdout
     assert f"skipped shard-000000.tar/sub/{samples[5].key}: the key" in done.stdout
 
-    def let_out(image):
+    def let_out(image, in_place):
         raise struct.error("unpack requires a buffer of 4 bytes")
 
     monkeypatch.setattr("PIL.ImageOps.exif_transpose", let_out)

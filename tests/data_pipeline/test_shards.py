@@ -14,7 +14,7 @@ import torch
 from data_pipeline.sample import EncodedSample, RawSample
 from data_pipeline.sample_index import shard_table
 from data_pipeline.shards import list_shards, read_encoded, read_raw, shard_name, write_encoded, write_raw
-from data_pipeline.tar_index import index_path, read_member, tar_index
+from data_pipeline.tar_index import index_path, read_member, scan, tar_index
 
 
 def raw(n: int, seed: int = 0) -> list[RawSample]:
@@ -66,6 +66,17 @@ def test_encoded_samples_come_back_exactly(tmp_path: Path):
         ]
         assert all(torch.equal(a, b) for a, b in pairs)
         assert (mine.txt_empty is None) == (theirs.txt_empty is None)
+
+
+def test_the_index_that_the_writer_keeps_is_what_the_headers_say(tmp_path: Path):
+    keys = ["a", "été", "x" * 150]  # the last two take headers of more than one block
+    samples = [EncodedSample(key, torch.rand(16, 1, 2, 4), torch.rand(i + 1, 8).bfloat16(), meta={"caption": "c"})
+               for i, key in enumerate(keys)]  # fmt: skip
+    path = tmp_path / shard_name(0)
+    assert write_encoded(path, samples) == 3
+    kept = index_path(path).read_bytes()
+    assert tar_index(path) == scan(path) and len(scan(path).entries) == 3
+    assert index_path(path).read_bytes() == kept
 
 
 def test_a_failing_producer_leaves_nothing_and_keeps_what_was_there(tmp_path: Path):
