@@ -8,7 +8,7 @@ a pair. Run the same command again to go on. Formulas are in docs/posttraining.m
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 try:
     import tyro
@@ -35,14 +35,21 @@ class Config(RunConfig):
     """Pictures drawn of each prompt."""
     min_gap: float = 0.02
     """Smallest difference of reward between the best and the worst picture that makes a pair."""
+    shared_noise: float = 0.0
+    """Share of their first noise's variance that a prompt's pictures have in common, up to 1: with more, winner and
+    loser differ in less, and the pair says more about that."""
     size_px: int | None = None
     """Side of the (square) pictures, a multiple of 16. Default: what --init was trained at."""
     sampling_steps: int = 40
     cfg_scale: float = 4.0
     beta: float = 1000.0
     """Weight of the error gap, which is a mean over a latent's elements (Diffusion-DPO's 2000 is 1000 here)."""
+    positive: float = 0.0
+    """Weight of what a winner's error grows by (DPO-Positive); without it both errors may grow, the loser's more."""
     batch_size: int = 128
     """Pairs in a step, over all ranks."""
+    held_out: int | None = None
+    """Pairs that are not trained on: with each validation the loss on them is logged. Default: a tenth, at most 256."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=lambda: LoopConfig(2000, save_every=200))
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=1e-6))
 
@@ -91,9 +98,18 @@ from posttrain.rollout.prompts import read_prompts
 from rewards import WeightedRewards
 from training.algorithm import Fixed, Frozen, Metrics, Model
 from training.encoded_with import require_encoded_with
+from training.engine.step import moved
 from training.flow_matching import noised, per_sample_mean, samples_shown
+from training.held_out import DRAW_BY, HeldOutHook
 from training.randomness import Randomness
+from training.run_folder import RunFolder
 from training.studio import Studio
+
+if TYPE_CHECKING:
+    from training.engine.step import Engine
+
+HELD_OUT = 256
+"""Pairs that are held out at most where no number is given."""
 
 
 class DPO(Paged):
@@ -123,7 +139,13 @@ class DPO(Paged):
             self._make_pairs()
         if engine.rank == 0:
             require_encoded_with(config.components, [self.folder])
-        self.dataset = PairDataset(self.folder, config.num_pairs if config.pairs is None else None)
+        self.dataset, self.held = PairDataset(self.folder, config.num_pairs if config.pairs is None else None), None
+        count = min(HELD_OUT, len(self.dataset) // 10) if config.held_out is None else config.held_out
+        if count:
+            try:
+                self.dataset, self.held = self.dataset.hold_out(count)
+            except ValueError as error:
+                raise UserError(f"--held-out: {error}") from None
         return Loader(
             self.dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens
         )
@@ -139,18 +161,35 @@ class DPO(Paged):
         return noised(samples, [s.txt for s in samples], noise, sigma, align)
 
     def loss(self, model: Model, frozen: Frozen, inputs: ModelInputs, target: Tensor) -> tuple[Tensor, float, Metrics]:
+        losses, found = self.judged(model, frozen["reference"], inputs, target)
+        return losses.sum(), float(len(losses)), {name: values.detach().sum() for name, values in found.items()}
+
+    def judged(
+        self, model: Model, reference: Model, inputs: ModelInputs, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised, and how a model does against the reference: [n] each, of n pairs."""
         error = lambda v: per_sample_mean((v.float() - target) ** 2, inputs).unflatten(0, (2, -1))  # noqa: E731
-        reference, errors = error(frozen["reference"](inputs)), error(model(inputs))
-        losses, margin = dpo_loss(errors, reference, self.config.beta)
-        gained = reference - errors.detach()
-        metrics = {
-            "loss": losses.detach().sum(),
-            "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).sum(),  # undecided counts half
-            "margin": margin.detach().sum(),
-            "win_gain": gained[0].sum(),
-            "lose_gain": gained[1].sum(),
-        }
-        return losses.sum(), float(len(losses)), metrics
+        before, after = error(reference(inputs)), error(model(inputs))
+        losses, margin = dpo_loss(after, before, self.config.beta)
+        accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()  # undecided counts half
+        win_gain, lose_gain = before - after
+        found = {"loss": losses, "accuracy": accuracy, "margin": margin, "win_gain": win_gain, "lose_gain": lose_gain}
+        if self.config.positive:
+            losses, _ = dpo_loss(after, before, self.config.beta, self.config.positive)
+        return losses, found
+
+    def hooks(self, run: RunFolder) -> list[HeldOutHook]:
+        """The loss on what is held out."""
+        if self.held is None or not self.config.validate_every:
+            return []
+
+        def measure(engine: "Engine", batch: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+            inputs, target = (moved(x, engine.device) for x in self.prepare(batch, DRAW_BY, engine.align))
+            _, found = self.judged(engine.frozen["ema"], engine.frozen["reference"], inputs, target)
+            return inputs.sigma[: len(batch)], found
+
+        config, names = self.config, ("loss", "accuracy", "margin")
+        return [HeldOutHook(config.validate_every, run, measure, self.held, config.max_tokens, True, names)]
 
     def _make_pairs(self) -> None:
         """Draw pairs for prompts and judge them, or encode judged pictures. UserError if that gives none."""
@@ -162,8 +201,8 @@ class DPO(Paged):
             sampler = Sampler(FixedSchedule(config.sampling_steps), cfg_scale=config.cfg_scale)
             rng = Randomness(config.loop.seed)
             drawing = PairDrawing(
-                studio, sampler, self.reward, config.size_px, config.pictures, config.min_gap, rng
-            )  # fmt: skip
+                studio, sampler, self.reward, config.size_px, config.pictures, config.shared_noise, config.min_gap, rng
+            )
             make, wanted = drawing.pairs, config.num_pairs
         with progress(wanted, "pairs", "pair") as bar:
             show = lambda found: bar.update(min(found, wanted) - bar.n)  # noqa: E731
@@ -176,14 +215,16 @@ class DPO(Paged):
             )
 
 
-def dpo_loss(errors: Tensor, reference_errors: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def dpo_loss(errors: Tensor, reference_errors: Tensor, beta: float, positive: float = 0.0) -> tuple[Tensor, Tensor]:
     """-log sigmoid(-beta ((win - lose) - (reference win - reference lose))) -> (losses [S], margins [S]).
 
     errors [2, S]: squared velocity errors (win, lose), each the *mean* over the elements of a latent. The margin is how
     much more the policy gained on the winner than on the loser, in the same unit. With a sum over D elements
     the same beta would be D times as strong; Diffusion-DPO's code (arXiv 2311.12908) writes beta / 2 before the same
-    mean, so its 5000 is 2500 here. Source: Qwen-Image report, section 5.2.1.
+    mean, so its 5000 is 2500 here. Source: Qwen-Image report, section 5.2.1. `positive` takes that many times a growth
+    of the winner's error from the margin in the loss (DPO-Positive, arXiv 2402.13228).
     """
     (win, lose), (reference_win, reference_lose) = errors, reference_errors
     margin = (reference_win - win) - (reference_lose - lose)
-    return -F.logsigmoid(beta * margin), margin
+    worse = (win - reference_win).clamp_min(0)
+    return -F.logsigmoid(beta * (margin - positive * worse)), margin

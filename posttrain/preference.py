@@ -5,6 +5,8 @@ KEY-lose. Pairs are drawn from a model and judged by a reward (`PairDrawing`), o
 (`encode_pair`).
 """
 
+import copy
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -69,6 +71,18 @@ class PairDataset:
         self.tokens = np.array([self.samples.tokens[w] + self.samples.tokens[x] for _, w, x in self._pairs])
         """Tokens of both samples of each pair in joint attention."""
 
+    def hold_out(self, count: int) -> tuple["PairDataset", "PairDataset"]:
+        """(what is trained on, `count` pairs that are not, as the keys' hashes choose). ValueError if that is all."""
+        if not 0 < count < len(self):
+            raise ValueError(f"{count} of {len(self)} pairs cannot be held out: take fewer, or none (0)")
+        order = sorted(range(len(self)), key=lambda i: hashlib.blake2b(self.key(i).encode()).digest())
+        return self._part(sorted(order[count:])), self._part(sorted(order[:count]))
+
+    def _part(self, places: list[int]) -> "PairDataset":
+        part = copy.copy(self)
+        part._pairs, part.tokens = [self._pairs[i] for i in places], self.tokens[places]
+        return part
+
     def __len__(self) -> int:
         return len(self._pairs)
 
@@ -98,6 +112,8 @@ class PairDrawing:
     """Side of the square pictures."""
     pictures: int
     """Pictures of each prompt, of which the best and the worst make a pair."""
+    shared_noise: float
+    """Share of their first noise's variance that the pictures of a prompt have in common."""
     min_gap: float
     """Smallest difference of reward that makes a pair."""
     rng: Randomness
@@ -107,7 +123,7 @@ class PairDrawing:
         painter, side = self.studio.painter(self.sampler), self.size_px // PIXELS_PER_LATENT
         conditions = self.studio.conditions([prompt.text for prompt in prompts])
         requests = [
-            Request(condition, self.rng.normal(f"{prompt.key}#{i}", 0, "preference", (16, 1, side, side)))
+            Request(condition, self.start(prompt, i, (16, 1, side, side)))
             for prompt, condition in zip(prompts, conditions, strict=True)
             for i in range(self.pictures)
         ]
@@ -123,11 +139,20 @@ class PairDrawing:
                 latent, txt = latents[number * self.pictures + index], conditions[number].txt
                 yield EncodedSample(f"{prompt.key}-{name}", latent.float().cpu(), txt.bfloat16(), meta=meta)
 
+    def start(self, prompt: Prompt, picture: int, shape: tuple[int, ...]) -> Tensor:
+        """First noise of a prompt's picture."""
+        own = self.rng.normal(f"{prompt.key}#{picture}", 0, "preference", shape)
+        if not self.shared_noise:
+            return own
+        common = self.rng.normal(prompt.key, 0, "preference", shape)
+        return self.shared_noise**0.5 * common + (1 - self.shared_noise) ** 0.5 * own
+
 
 def pair_settings(config: Any) -> dict[str, Any]:
     """All of a DPO run's config that its pairs depend on, as JSON gives it back."""
     names = ("init", "components", "pairs", "num_pairs", "prompts", "rewards", "pictures", "min_gap", "size_px")
-    values = {name: getattr(config, name) for name in (*names, "sampling_steps", "cfg_scale")}
+    names += ("sampling_steps", "cfg_scale", "shared_noise")
+    values = {name: getattr(config, name) for name in names}
     return json.loads(json.dumps(values | {"seed": config.loop.seed}, default=str))
 
 

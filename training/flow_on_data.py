@@ -18,7 +18,7 @@ from model.sampling.draw import Request
 from training.data_config import DataConfig
 from training.encoded_with import require_encoded_with
 from training.flow_matching import VelocityMSE, samples_shown
-from training.held_out import HeldOutHook, hold_out
+from training.held_out import HeldOutHook, flow_loss, hold_out
 from training.run_folder import RunFolder
 from training.studio import Studio
 
@@ -162,4 +162,5 @@ class FlowOnData(VelocityMSE):
         if self.held is None or not self.config.validate_every:
             return []
         config, objective = self.config, VelocityMSE(self.density, self.resolution_shift, condition_dropout=0.0)
-        return [HeldOutHook(config.validate_every, run, objective, self.held, config.max_tokens, config.MEASURES_FIRST)]
+        measure, first = flow_loss(objective), config.MEASURES_FIRST
+        return [HeldOutHook(config.validate_every, run, measure, self.held, config.max_tokens, first)]

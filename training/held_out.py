@@ -2,13 +2,14 @@
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.dataset import EncodedDataset
@@ -26,6 +27,24 @@ DRAWS = 8
 """Noise levels, with their noise, that each held-out sample is measured at."""
 BANDS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
 """Ends of the bands of noise levels that are averaged apart."""
+
+
+DRAW_BY = Randomness(0)
+"""What the draws are made by, whatever the run's seed."""
+
+Measure = Callable[["Engine", list[Any]], tuple[Tensor, dict[str, Tensor]]]
+"""Noise levels [n] of n items at DRAW_BY's draws for their epochs, and what the moving average does there: "loss" and
+more, [n] each."""
+
+
+class Items(Protocol):
+    """What is held out: samples, or pairs of them, that have an epoch."""
+
+    tokens: np.ndarray
+
+    def __len__(self) -> int: ...
+    def key(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class Part:
@@ -84,55 +103,65 @@ def hold_out(dataset: EncodedDataset, count: int) -> tuple[Part, Part]:
     return Part(dataset, np.sort(order[count:])), Part(dataset, np.sort(order[:count]))
 
 
+def flow_loss(objective: VelocityMSE) -> Measure:
+    """The loss of flow matching; `objective` should drop no conditions."""
+
+    def measure(engine: "Engine", batch: list[EncodedSample]) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs, target = (moved(x, engine.device) for x in objective.prepare(batch, DRAW_BY, engine.align))
+        losses = per_sample_mean((engine.frozen["ema"](inputs).float() - target) ** 2, inputs)
+        return inputs.sigma, {"loss": losses}
+
+    return measure
+
+
 @dataclass
 class HeldOutHook:
-    """Logs the moving average's loss on `held` to held_out.jsonl: "loss", and "loss/LOW-HIGH" of each of BANDS."""
+    """Logs what `measure` finds on `held` to held_out.jsonl: "loss", "loss/LOW-HIGH" of each of BANDS, and the rest."""
 
     every: int
     run: RunFolder
-    objective: VelocityMSE
-    """Without dropout of conditions."""
-    held: Part
+    measure: Measure
+    held: Items
     max_tokens: int
     first: bool = False
     """Also before the first step."""
+    names: tuple[str, ...] = ("loss",)
+    """Of what `measure` finds."""
 
     def __call__(self, engine: "Engine", step: int) -> None:
-        sigma, losses = (x.cpu().numpy() for x in self.measure(engine))
+        sigma, found = self.measure_all(engine)
         if not self.run.writes:
             return
-        read = sigma.min(1) > 0
+        read, losses = sigma.min(1) > 0, found["loss"]
         if not read.any():
             raise ValueError("not one of the held-out samples can be read")
-        scores = {"loss": float(losses[read].mean())}
+        scores = {name: float(values[read].mean()) for name, values in found.items()}
         for low, high in zip(BANDS, BANDS[1:], strict=False):
             inside = (sigma > low) & (sigma <= high)
             if inside.any():
                 scores[f"loss/{low:g}-{high:g}"] = float(losses[inside].mean())
-        each = {"key": [self.held.key(i) for i in np.flatnonzero(read)], "loss": losses[read].mean(1).tolist()}
-        self.run.log_scores("held_out", step, scores, each)
+        each = {name: values[read].mean(1).tolist() for name, values in found.items()}
+        self.run.log_scores("held_out", step, scores, {"key": [self.held.key(i) for i in np.flatnonzero(read)], **each})
 
     @torch.no_grad()
-    def measure(self, engine: "Engine") -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise levels and losses, fp64 [samples, DRAWS], on all ranks; data-parallel ranks measure some each. Zeros
-        for a sample that cannot be read."""
-        model, rng = engine.frozen["ema"], Randomness(0)
-        found = torch.zeros(2, len(self.held), DRAWS, dtype=torch.float64, device=engine.device)
+    def measure_all(self, engine: "Engine") -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Noise levels and what was measured there, fp64 [items, DRAWS], on all ranks; data-parallel ranks measure some
+        each. Zeros for an item that cannot be read."""
         samples = self._read(range(engine.dp_rank, len(self.held), engine.dp_size))
         mine = [(i, d) for i in samples for d in range(DRAWS)]
         costs = [int(self.held.tokens[i]) for i, _ in mine]
+        found = torch.zeros(1 + len(self.names), len(self.held), DRAWS, dtype=torch.float64, device=engine.device)
         for group in microbatches(costs, self.max_tokens) if mine else []:
             places = [mine[j] for j in sorted(group, key=costs.__getitem__)]
-            batch = [replace(samples[i], epoch=d) for i, d in places]
-            inputs, target = (moved(x, engine.device) for x in self.objective.prepare(batch, rng, engine.align))
-            losses = per_sample_mean((model(inputs).float() - target) ** 2, inputs)
+            sigma, measured = self.measure(engine, [replace(samples[i], epoch=d) for i, d in places])
             rows, draws = zip(*places, strict=True)
-            found[0, rows, draws], found[1, rows, draws] = inputs.sigma.double(), losses.double()
+            found[:, rows, draws] = torch.stack([sigma, *(measured[name] for name in self.names)]).double()
         dist.all_reduce(found, group=engine.layout.dp_group)
-        return found[0], found[1]
+        sigma, *values = found.cpu().numpy()
+        return sigma, dict(zip(self.names, values, strict=True))
 
-    def _read(self, indices: Sequence[int]) -> dict[int, EncodedSample]:
-        """Samples by index, without those that are broken, which are named."""
+    def _read(self, indices: Sequence[int]) -> dict[int, Any]:
+        """Items by index, without those that are broken, which are named."""
         found = {}
         for index in indices:
             try:

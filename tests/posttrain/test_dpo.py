@@ -37,10 +37,10 @@ def model(seed=0):
     return net
 
 
-def dpo(beta):
+def dpo(beta, positive=0.0):
     """The algorithm apart from where its pairs come from."""
     algorithm = object.__new__(DPO)
-    algorithm.config = SimpleNamespace(beta=beta)
+    algorithm.config = SimpleNamespace(beta=beta, positive=positive)
     return algorithm
 
 
@@ -63,10 +63,11 @@ def test_loss_and_gradient_equal_the_papers_formula_written_out():
         torch.testing.assert_close(got[:, i], grad[:, i])
 
 
-def test_objective_equals_independent_loop_over_pairs():
+@pytest.mark.parametrize("positive", [0.0, 2.0])
+def test_objective_equals_independent_loop_over_pairs(positive: float):
     """Whole path: model, packs, noise and noise levels, against plain tensors and one forward a picture."""
     policy, reference, batch = model(1), model(2), [pair(1), pair(2, size=(4, 1, 2, 8), txt=7)]
-    loss, weight, metrics = step(dpo(beta=3.0), policy, reference, batch)
+    loss, weight, metrics = step(dpo(3.0, positive), policy, reference, batch)
     loss.backward()
     got = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
@@ -85,7 +86,8 @@ def test_objective_equals_independent_loop_over_pairs():
                 mse[net, s.key] = F.mse_loss(v, eps - s.latent)
         inner = mse[policy, p.win.key] - mse[policy, p.lose.key]
         inner = inner - (mse[reference, p.win.key] - mse[reference, p.lose.key]).detach()
-        total = total - F.logsigmoid(-3.0 * inner)
+        worse = mse[policy, p.win.key] - mse[reference, p.win.key].detach()
+        total = total - F.logsigmoid(-3.0 * (inner + positive * max(worse, 0 * worse)))
     total.backward()
     assert weight == 2.0
     torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)

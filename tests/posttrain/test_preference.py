@@ -1,4 +1,5 @@
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,9 @@ from worlds import run_world
 from data_pipeline.encoding import Encoder
 from data_pipeline.loader import Loader
 from data_pipeline.sample import EncodedSample
-from posttrain.preference import ITEMS_PER_SHARD, PairDataset, is_finished, list_judged, write_pairs
-from posttrain.rollout.prompts import read_prompts
+from posttrain.preference import ITEMS_PER_SHARD, PairDataset, PairDrawing, is_finished, list_judged, write_pairs
+from posttrain.rollout.prompts import Prompt, read_prompts
+from training.randomness import Randomness
 from training.run_folder import read_metrics
 
 
@@ -62,6 +64,30 @@ def test_pairs_go_through_the_loader(tmp_path, encoder, one_process):
     assert pair.win.key == f"{pair.key}-win" and pair.lose.key == f"{pair.key}-lose"
 
 
+def test_pairs_are_held_out_by_their_keys(tmp_path, encoder, one_process):
+    write(tmp_path, 25, encoder)
+    whole = PairDataset(tmp_path)
+    parts = whole.hold_out(7)
+    keys = [[part.key(i) for i in range(len(part))] for part in parts]
+    assert len(keys[1]) == 7 and sorted(sum(keys, [])) == sorted(whole.key(i) for i in range(len(whole)))
+    for part in parts:
+        assert [part[i].key for i in range(len(part))] == [part.key(i) for i in range(len(part))]
+        assert [int(t) for t in part.tokens] == [2 * (4 + 2 + int(part.key(i)) % 2) for i in range(len(part))]
+    for count in (0, len(whole)):
+        with pytest.raises(ValueError, match="cannot be held out"):
+            whole.hold_out(count)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_first_noises_share_what_was_asked_for(share: float):
+    drawing = PairDrawing(None, None, None, 64, 4, share, 0.1, Randomness(0))
+    starts = [drawing.start(Prompt("p", "a circle", {}), i, (16, 1, 32, 32)).flatten() for i in range(2)]
+    together = torch.corrcoef(torch.stack(starts))
+    assert together[0, 1] == pytest.approx(share, abs=0.03)
+    for start in starts:
+        assert start.var() == pytest.approx(1, abs=0.05)
+
+
 def test_an_interrupted_folder_goes_on_and_is_the_same(tmp_path, encoder, one_process):
     write(tmp_path / "whole", 25, encoder)
 
@@ -96,12 +122,16 @@ def judged_folder(folder, keys=("cat", "a.dog")):
 
 
 def test_dpo_learns_from_judged_pictures(tmp_path, init, components):
-    folder = judged_folder(tmp_path / "judged")
+    folder = judged_folder(tmp_path / "judged", ("cat", "a.dog", "bird"))
     settings = {"init": init, "out": tmp_path / "run", "pairs": folder, "batch_size": 2}
+    settings |= {"held_out": 1, "validate_every": 1, "validation": None}
     run_world(1, dpo, 2, settings, deadline_s=400)
     rows = read_metrics(tmp_path / "run")
     assert rows[0]["accuracy"] == 0.5 and rows[1]["grad_norm"] > 0
-    assert {p.key for p in map(PairDataset(tmp_path / "run" / "pairs").__getitem__, range(2))} == {"cat", "a_dog"}
+    pairs = PairDataset(tmp_path / "run" / "pairs")
+    assert {pairs[i].key for i in range(3)} == {"cat", "a_dog", "bird"}
+    held = [json.loads(line) for line in (tmp_path / "run" / "held_out.jsonl").read_text().splitlines()]
+    assert held[0]["accuracy"] == 0.5 and held[0]["loss"] == pytest.approx(math.log(2)) != held[-1]["loss"]
     run_world(1, dpo, 3, settings | {"pairs": tmp_path / "run" / "pairs", "out": tmp_path / "other"}, deadline_s=400)
     assert read_metrics(tmp_path / "other")[:2] == rows
 
