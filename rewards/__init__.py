@@ -52,6 +52,7 @@ def make_reward(term: str) -> "Reward":
 class WeightedRewards:
     """Weighted sum of scores; {"reward": the sum, and every score under its own name}.
 
+    A reward of which several terms take scores, with the same settings, is asked once.
     Of a reward of the list, the score of that name counts; of one's own, the first that it gives. A reward that gives
     another number of scores than there are pictures, or one that is not finite, or none in time, ends the run with a
     line that names it.
@@ -60,6 +61,7 @@ class WeightedRewards:
     def __init__(self, terms: Iterable[str], deadline_s: float = DEADLINE_S):
         self.deadline_s = deadline_s
         self.terms: list[tuple[str, float, Reward]] = []
+        made: dict[tuple[str, str | None], Reward] = {}
         for term in terms:
             match = _TERM.fullmatch(term)
             if match is None:
@@ -68,20 +70,26 @@ class WeightedRewards:
                 )
             try:
                 weight = float(match["weight"]) if match["weight"] is not None else 1.0
-                reward = make_reward(term if match["weight"] is None else term.rpartition("=")[0])
+                name = match["name"].strip()
+                which = REWARDS.get(name, name), match["settings"]
+                if which not in made:
+                    made[which] = make_reward(term if match["weight"] is None else term.rpartition("=")[0])
             except ValueError as error:
                 raise ValueError(f"--rewards {term}: {error}") from None
-            self.terms.append((match["name"].strip(), weight, reward))
+            self.terms.append((name, weight, made[which]))
         if not self.terms:
             raise ValueError(f"no reward given; known are {', '.join(REWARDS)}")
 
     def __call__(self, images: "list[np.ndarray]", prompts: list[str], metadata: list[dict]) -> "dict[str, Tensor]":
-        total, scores = 0.0, {}
+        total, scores, answers = 0.0, {}, {}
         for name, weight, reward in self.terms:
-            found = _within(self.deadline_s, name, reward, images, prompts, metadata)
-            found = {score: checked(f"reward {name}, score {score}", v, len(images)) for score, v in found.items()}
-            if not found:
-                raise ValueError(f"reward {name} gives no score")
+            if id(reward) not in answers:
+                found = _within(self.deadline_s, name, reward, images, prompts, metadata)
+                found = {score: checked(f"reward {name}, score {score}", v, len(images)) for score, v in found.items()}
+                if not found:
+                    raise ValueError(f"reward {name} gives no score")
+                answers[id(reward)] = found
+            found = answers[id(reward)]
             total = total + weight * found.get(name, next(iter(found.values())))
             scores |= found
         return {"reward": total, **scores}

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from command_line import UserError
 from rewards import WeightedRewards, make_reward
 from rewards.ocr import OCRReward, edit_distance, quoted_text, text_score
+from rewards.shapes import ShapesReward
 
 FONT = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
@@ -80,13 +81,17 @@ def test_ocr_wants_text_to_look_for(ocr):
         ocr([picture("x")], ["a red circle"], [{}])
 
 
-def test_weighted_sum_and_what_is_logged():
+def test_weighted_sum_and_what_is_logged(monkeypatch):
     metadata = [
         {"tag": "colors", "prompt": "a red circle", "include": [{"class": "circle", "count": 1, "color": "red"}]}
     ]
     image = Image.new("RGB", (96, 96), "white")
     ImageDraw.Draw(image).ellipse((28, 28, 68, 68), fill=(222, 32, 38))
-    scores = WeightedRewards(["shapes_soft=2", "shapes"])([np.asarray(image)], ["a red circle"], metadata)
+    rewards, asked = WeightedRewards(["shapes_soft=2", "shapes"]), []
+    call = ShapesReward.__call__
+    monkeypatch.setattr(ShapesReward, "__call__", lambda self, *given: asked.append(given) or call(self, *given))
+    scores = rewards([np.asarray(image)], ["a red circle"], metadata)
+    assert len(asked) == 1
     assert set(scores) == {"reward", "shapes", "shapes_soft"}
     assert scores["reward"] == 2 * scores["shapes_soft"] + scores["shapes"]
     assert scores["shapes"] == 1.0
