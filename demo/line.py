@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import runpy
-import shlex
+import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -54,10 +55,40 @@ def warm_up() -> None:
 
 
 def run_command(command: list[str]) -> int:
-    """Run `python SCRIPT ARGS` in a forked child of this warm process; returns its exit status."""
+    """Run `[torchrun --nproc-per-node N] SCRIPT ARGS` in forked children of this warm process, which start at once;
+    returns the exit status, of the first that failed if one did."""
+    count, script = (int(command[2]), command[3:]) if command[0] == "torchrun" else (1, command)
+    environments = ranks(count) if count > 1 else [{}]
+    running, failed = {fork(script, environment) for environment in environments}, 0
+    while running:
+        try:
+            pid, code = os.wait()
+        except KeyboardInterrupt:  # the terminal sent it to the children as well: let them save
+            continue
+        running.discard(pid)
+        status = os.waitstatus_to_exitcode(code)
+        failed = failed or status
+        if status not in (0, 130):
+            for other in running:  # they would wait for it for ever
+                os.kill(other, signal.SIGKILL)
+    return failed
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """What torchrun tells each of the processes of one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    return [{n: str(v) for n, v in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()} for rank in range(count)]
+
+
+def fork(command: list[str], environment: dict[str, str]) -> int:
+    """Run `python SCRIPT ARGS` in a child; returns its number."""
     pid = os.fork()
     if pid == 0:
         die_with_parent()
+        os.environ.update(environment)
         status = 1
         try:
             sys.argv = list(command)
@@ -78,12 +109,7 @@ def run_command(command: list[str]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    while True:
-        try:
-            _, code = os.waitpid(pid, 0)
-            return os.waitstatus_to_exitcode(code)
-        except KeyboardInterrupt:  # the terminal sent it to the child as well: let it save
-            continue
+    return pid
 
 
 def fingerprint(stage: Stage, before: str) -> str:
@@ -103,7 +129,7 @@ def run_line(line: list[Stage], out: Path) -> None:
         if marker.exists() and json.loads(marker.read_text())["fingerprint"] == mark:
             print(f"{title} (finished before)", flush=True)
             continue
-        print(f"\n{title}\n    {shlex.join(['python', *stage.command])}", flush=True)
+        print(f"\n{title}\n    {stage}", flush=True)
         warm_up()
         start = time.monotonic()
         status = run_command(stage.command)
@@ -138,7 +164,7 @@ def main(config: Config) -> None:
     line = base_stages(out) if config.recipe == "base" else stages(RECIPES[config.recipe], out, data)
     if config.dry_run:
         for number, stage in enumerate(line, 1):
-            print(f"[{number}/{len(line)}] {stage.name}: {stage.purpose}\n    {shlex.join(['python', *stage.command])}")
+            print(f"[{number}/{len(line)}] {stage.name}: {stage.purpose}\n    {stage}")
         return
     if os.environ.get("MAKELEVEL"):
         die_with_parent()

@@ -35,9 +35,6 @@ class Config(RunConfig):
     """Pictures drawn of each prompt."""
     min_gap: float = 0.02
     """Smallest difference of reward between the best and the worst picture that makes a pair."""
-    shared_noise: float = 0.0
-    """Share of their first noise's variance that a prompt's pictures have in common, up to 1: with more, winner and
-    loser differ in less, and the pair says more about that."""
     size_px: int | None = None
     """Side of the (square) pictures, a multiple of 16. Default: what --init was trained at."""
     sampling_steps: int = 40
@@ -200,9 +197,7 @@ class DPO(Paged):
         else:
             sampler = Sampler(FixedSchedule(config.sampling_steps), cfg_scale=config.cfg_scale)
             rng = Randomness(config.loop.seed)
-            drawing = PairDrawing(
-                studio, sampler, self.reward, config.size_px, config.pictures, config.shared_noise, config.min_gap, rng
-            )
+            drawing = PairDrawing(studio, sampler, self.reward, config.size_px, config.pictures, config.min_gap, rng)
             make, wanted = drawing.pairs, config.num_pairs
         with progress(wanted, "pairs", "pair") as bar:
             show = lambda found: bar.update(min(found, wanted) - bar.n)  # noqa: E731

@@ -16,6 +16,7 @@ CURVES = {
     "held-out loss": ("held_out", "loss"),
     "reward of training prompts": ("metrics", "reward"),
     "pairs told apart": ("metrics", "accuracy"),
+    "held-out pairs told apart": ("held_out", "accuracy"),
     "judge, strictly, validation": ("validation", "strict"),
     "KL": ("metrics", "kl"),
     "ratio's move / clip range": ("metrics", "ratio_deviation"),
@@ -44,12 +45,13 @@ class Paged:
 def gains(folder: Path) -> dict[str, dict[str, Any]]:
     """Last measurement minus first: value with its 95 % interval, n, first and last value. Empty if there are not two.
 
-    "loss" on held-out samples is paired by sample; "strict", "official" and "reward" of validation by prompt and seed.
+    "loss" and "accuracy" on held-out samples or pairs are paired by these; "strict", "official" and "reward" of
+    validation by prompt and seed.
     """
     from evaluation.intervals import difference, estimate
 
     found = {}
-    for measured, names, bounds in (("held_out", ["loss"], None), ("validation", VERDICTS, (0.0, 1.0))):
+    for measured, names, bounds in (("held_out", ["loss", "accuracy"], None), ("validation", VERDICTS, (0.0, 1.0))):
         first, last = _ends(folder / measured)
         for name in (n for n in names if n in first):
             before, after = (_scores(each, name) for each in (first, last))

@@ -112,8 +112,6 @@ class PairDrawing:
     """Side of the square pictures."""
     pictures: int
     """Pictures of each prompt, of which the best and the worst make a pair."""
-    shared_noise: float
-    """Share of their first noise's variance that the pictures of a prompt have in common."""
     min_gap: float
     """Smallest difference of reward that makes a pair."""
     rng: Randomness
@@ -123,7 +121,7 @@ class PairDrawing:
         painter, side = self.studio.painter(self.sampler), self.size_px // PIXELS_PER_LATENT
         conditions = self.studio.conditions([prompt.text for prompt in prompts])
         requests = [
-            Request(condition, self.start(prompt, i, (16, 1, side, side)))
+            Request(condition, self.rng.normal(f"{prompt.key}#{i}", 0, "preference", (16, 1, side, side)))
             for prompt, condition in zip(prompts, conditions, strict=True)
             for i in range(self.pictures)
         ]
@@ -139,19 +137,11 @@ class PairDrawing:
                 latent, txt = latents[number * self.pictures + index], conditions[number].txt
                 yield EncodedSample(f"{prompt.key}-{name}", latent.float().cpu(), txt.bfloat16(), meta=meta)
 
-    def start(self, prompt: Prompt, picture: int, shape: tuple[int, ...]) -> Tensor:
-        """First noise of a prompt's picture."""
-        own = self.rng.normal(f"{prompt.key}#{picture}", 0, "preference", shape)
-        if not self.shared_noise:
-            return own
-        common = self.rng.normal(prompt.key, 0, "preference", shape)
-        return self.shared_noise**0.5 * common + (1 - self.shared_noise) ** 0.5 * own
-
 
 def pair_settings(config: Any) -> dict[str, Any]:
     """All of a DPO run's config that its pairs depend on, as JSON gives it back."""
     names = ("init", "components", "pairs", "num_pairs", "prompts", "rewards", "pictures", "min_gap", "size_px")
-    names += ("sampling_steps", "cfg_scale", "shared_noise")
+    names += ("sampling_steps", "cfg_scale")
     values = {name: getattr(config, name) for name in names}
     return json.loads(json.dumps(values | {"seed": config.loop.seed}, default=str))
 

@@ -22,7 +22,7 @@ PUBLISHED_SIDE_PX = 1024
 """Side of the pictures that a published model is post-trained on, unless told otherwise."""
 TOY_PARAMETERS = 10**8
 """Models below this have recipes for a laptop; above, for GPUs."""
-TOY_SIDE_PX = {256: 64, 640: 96, 1328: 128}
+TOY_SIDE_PX = {256: 64, 640: 80, 1328: 128}
 """Side of the squares that each stage of pretraining trains the tiny preset on."""
 COMPONENT_PARTS = ("text_encoder", "tokenizer", "vae", "scheduler", "processor")
 
