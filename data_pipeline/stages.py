@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from command_line import UserError
 
-SYNTHETIC = ("text", "shapes", "square-shapes", "square-pairs")
+SYNTHETIC = ("text", "shapes", "square-shapes")
 """Sources whose pictures are drawn: plain by design, so the filters for photographs don't apply."""
 
 

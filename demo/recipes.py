@@ -85,10 +85,10 @@ RECIPES = {
         flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997"),
         flags_640=("--lr", "2e-3", "--muon-lr", ".02"),
         sft_steps=20,
-        dpo_pairs=96,
-        dpo_steps=20,
-        grpo_steps=12,
-        flags_grpo=("--validation", "evaluation.validation:ShapesValidation"),
+        dpo_pairs=120,
+        dpo_steps=10,
+        grpo_steps=60,
+        flags_grpo=(),
         sample_steps=20,
         test_prompts=400,
     ),
@@ -150,6 +150,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         ranks = ["torchrun", "--nproc-per-node", recipe.processes] if recipe.processes > 1 else []
         common = [*ranks, script, "--components", components, "--steps", steps, "--out", out / name]
         common += ["--validate-every", steps if recipe.test_prompts else 0]
+        common += ["--validation", "evaluation.validation:ShapesValidation"]
         return stage(name, purpose, *common, *more)
 
     def pretrain(res: int, steps: int, *more: object) -> Stage:

@@ -14,7 +14,7 @@ try:
     import tyro
 
     from command_line import UserError, progress
-    from training.engine.config import EngineConfig
+    from training.engine.config import EngineConfig, fast_dtype
     from training.loop import LoopConfig
     from training.start import RunConfig, optimizer, picture_side, start, toy_optimizer
 except ModuleNotFoundError as missing:
@@ -52,8 +52,10 @@ class Config(RunConfig):
 
     NAME: ClassVar = "dpo"
     TOY: ClassVar = dict(
-        num_pairs=32, sampling_steps=12, beta=200.0, batch_size=16, loop=LoopConfig(20, save_every=10),
-        engine=toy_optimizer(2e-5),
+        num_pairs=1000, rewards=("shapes=.5", "shapes_soft=.5"), pictures=6, min_gap=0.1, sampling_steps=10,
+        cfg_scale=1.0, beta=200.0, positive=1.0, batch_size=64, max_tokens=16384, loop=LoopConfig(80, save_every=20),
+        engine=toy_optimizer(1e-4, fast_dtype()),
+        sample_every=40, validate_every=40, validation="evaluation.validation:WholeShapesValidation",
     )  # fmt: skip
 
     def completed(self) -> "Config":

@@ -2,7 +2,7 @@
 
 The report gives the resolutions, the logit-normal density of noise levels, Adam with betas (.9, .95) and four-way
 tensor parallelism; batch sizes, lengths and learning rates of the 20B preset are ours. The toy recipes train the tiny
-preset on a CPU, on the demo's pictures, at resolutions whose ratios are about the same.
+preset on a CPU, on the demo's pictures, at resolutions that rise more slowly.
 """
 
 import json
@@ -25,7 +25,7 @@ class StageConfig(DataConfig):
     """One stage of the curriculum."""
 
     res: Literal[256, 640, 1328] = 256
-    """Stage: pictures have about the area of a square with this side, in pixels (64, 96, 128 for the tiny preset)."""
+    """Stage: pictures have about the area of a square with this side, in pixels (64, 80, 128 for the tiny preset)."""
     preset: Literal["tiny", "small", "qwen-image"] = "qwen-image"
     """Size of the model. Default: that of --init, else the one that takes the text states of --data, else tiny."""
     data: tuple[Path, ...] = ()

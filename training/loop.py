@@ -5,6 +5,7 @@ loop loads the newest intact checkpoint, which holds the batches' cursor, and go
 """
 
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 WORTH_SAYING = 0.02
 """Share of a step's time that may be spent waiting for data before the progress line says so."""
+SWITCH_S = 2e-4
+"""Longest that a loader's thread keeps this one, which feeds the device, from the interpreter: Python's 5 ms come at
+every other operation."""
 IMPATIENT_S = 3.0
 """A signal that comes so long after the first one asks to stop at once."""
 
@@ -62,6 +66,7 @@ def train(
     from data_pipeline.loader import Interrupted
     from training.randomness import Randomness
 
+    sys.setswitchinterval(SWITCH_S)
     rng = Randomness(config.seed)
     cursor = engine.resume(run.checkpoints)
     if cursor is not None:

@@ -50,13 +50,8 @@ def _square_shapes(rng: np.random.Generator, side: int, sources: Sources, passag
     return _draw_shapes(rng, (side, side))
 
 
-def _square_pairs(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
-    """The same of two objects with colours or places: what takes longest to learn, and what most test prompts ask."""
-    return _draw_shapes(rng, (side, side), ("color_attr", "position")[rng.integers(2)])
-
-
-def _draw_shapes(rng: np.random.Generator, size: tuple[int, int], tag: str | None = None) -> Picture:
-    metadata = shapes_world.sample_prompt(rng, "train", tag)
+def _draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> Picture:
+    metadata = shapes_world.sample_prompt(rng, "train")
     placed, name, background = shapes_world.arrange(metadata, rng, size)
     caption = full_caption(metadata, placed, name, rng) if rng.random() < FULL_CAPTIONS else metadata["prompt"]
     return Picture(shapes_world.draw(placed, background, size), caption, record={"geneval": metadata})
@@ -88,7 +83,6 @@ KINDS: dict[str, Callable[[np.random.Generator, int, Sources, str | None], Pictu
     "layout": _layout,
     "edit": _edit,
     "square-shapes": _square_shapes,
-    "square-pairs": _square_pairs,
 }
 """Each takes random numbers, the side in pixels, the sources and, for text, a passage that must be shown."""
 WITH_TEXT = {"text", "scene", "layout", "edit"}

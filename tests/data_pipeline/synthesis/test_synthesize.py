@@ -19,7 +19,7 @@ pytestmark = pytest.mark.machine
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "data_pipeline/synthesize.py"
-ALL = "text,scene,layout,shapes,photo,edit,square-shapes,square-pairs"
+ALL = "text,scene,layout,shapes,photo,edit,square-shapes"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -47,13 +47,11 @@ def test_samples_are_whole_and_say_what_they_show(alone: Path) -> None:
         ratios.add(round(image.width / image.height, 1))
         source = sample.meta["source"]
         assert bool(sample.references) == (sample.mask is not None) == (source == "edit")
-        if source in ("shapes", "square-shapes", "square-pairs"):
+        if source in ("shapes", "square-shapes"):
             meant = sample.meta["geneval"]["include"]
             assert all(clause["class"] in sample.meta["caption"] for clause in meant)
-        if source.startswith("square"):
+        if source == "square-shapes":
             assert image.size == (192, 192)
-        if source == "square-pairs":
-            assert sample.meta["geneval"]["tag"] in ("color_attr", "position")
         if source in ("text", "scene"):
             squeeze = lambda text: text.replace(" ", "").replace("\n", "")  # noqa: E731
             shown = squeeze("".join(line["text"] for line in sample.meta["lines"]))
@@ -104,7 +102,7 @@ def test_another_seed_makes_other_pictures_under_other_keys() -> None:
     [
         (
             ("--kinds", "text,cats"),
-            "unknown kind 'cats'; known are text, shapes, photo, scene, layout, edit, square-shapes, square-pairs",
+            "unknown kind 'cats'; known are text, shapes, photo, scene, layout, edit, square-shapes",
         ),
         (("--kinds", "text:none"), "the share of text must be a number, not 'none'"),
         (("--size", 100), "--size must be a multiple of 16"),
