@@ -41,6 +41,10 @@ class StageConfig(DataConfig):
     """Tokens, of text and image, in a microbatch."""
     density: Literal["logit-normal", "uniform", "mode"] = "logit-normal"
     """Density of noise levels."""
+    density_mean: float = 0.0
+    """Of the logit-normal density before the shift by resolution: above 0 for more noise."""
+    density_std: float = 1.0
+    """Of the same: below 1 for fewer extremes."""
     held_out: int = 0
     """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws."""
     sample_every: int = 1000

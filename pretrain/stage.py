@@ -24,7 +24,9 @@ class Pretraining(FlowOnData):
     width, or of which none have the stage's resolution."""
 
     def __init__(self, config: StageConfig, studio: Studio):
-        super().__init__(config, studio, density=config.density)
+        super().__init__(
+            config, studio, density=config.density, density_mean=config.density_mean, density_std=config.density_std
+        )
         dataset = self.whole
         parts = getattr(dataset, "parts", [dataset])
         if config.side_px() not in {part.fingerprint.resolution for part in parts}:

@@ -25,6 +25,9 @@ class VelocityMSE:
     """
 
     density: Literal["logit-normal", "uniform", "mode"] = "logit-normal"
+    density_mean: float = 0.0
+    density_std: float = 1.0
+    """Of the logit-normal density, before the shift."""
     resolution_shift: bool = True
     condition_dropout: float = 0.1
     """Probability that a sample trains with the empty prompt; its references stay."""
@@ -37,7 +40,10 @@ class VelocityMSE:
         """Noise level of this draw, fp32 scalar."""
         draw = rng.normal if self.density == "logit-normal" else rng.uniform
         x = draw(sample.key, sample.epoch, "sigma")
-        sigma = {"logit-normal": logit_normal, "uniform": lambda u: u, "mode": mode_density}[self.density](x)
+        if self.density == "logit-normal":
+            sigma = logit_normal(x, self.density_mean, self.density_std)
+        else:
+            sigma = mode_density(x) if self.density == "mode" else x
         if self.resolution_shift:
             _, frames, height, width = sample.latent.shape
             sigma = shift_sigma(sigma, resolution_mu(frames * height * width // 4))

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from command_line import UserError
 from data_pipeline.dataset import EncodedDataset, MixedData
@@ -78,7 +78,8 @@ def agreed_live(engine: "Engine", folder: Path) -> bool:
 
 
 class FlowOnData(VelocityMSE):
-    """Trains on a data set but for `config.held_out` samples, on which the loss is measured instead.
+    """Trains on a data set but for `config.held_out` samples, on which the loss is measured instead; `objective` are
+    fields of `VelocityMSE`.
 
     UserError if nothing is left to train on.
     """
@@ -88,9 +89,9 @@ class FlowOnData(VelocityMSE):
         config: DataConfig,
         studio: Studio,
         mixed_resolutions: bool = False,
-        density: Literal["logit-normal", "uniform", "mode"] = "logit-normal",
+        **objective: Any,
     ):
-        super().__init__(density, condition_dropout=config.condition_dropout)
+        super().__init__(condition_dropout=config.condition_dropout, **objective)
         self.producers = None if config.raw is None else start_producers(config, studio.engine)
         self.config, self.studio = config, studio
         ended = lambda: self.producers and self.producers.problem  # noqa: E731
@@ -161,6 +162,7 @@ class FlowOnData(VelocityMSE):
             write_json(run.path / HELD_OUT_NOTE, {"held_out": 0 if self.held is None else len(self.held)})
         if self.held is None or not self.config.validate_every:
             return []
-        config, objective = self.config, VelocityMSE(self.density, self.resolution_shift, condition_dropout=0.0)
-        measure, first = flow_loss(objective), config.MEASURES_FIRST
+        density = (self.density, self.density_mean, self.density_std)
+        objective = VelocityMSE(*density, self.resolution_shift, condition_dropout=0.0)
+        config, measure, first = self.config, flow_loss(objective), self.config.MEASURES_FIRST
         return [HeldOutHook(config.validate_every, run, measure, self.held, config.max_tokens, first)]

@@ -63,11 +63,13 @@ def many(n: int):
     return [dataclasses.replace(sample, key=f"k{i}") for i in range(n)]
 
 
-@pytest.mark.parametrize("density", ["logit-normal", "uniform"])
-def test_noise_levels_follow_their_law(density: str):
-    objective = VelocityMSE(density, resolution_shift=False)
+@pytest.mark.parametrize(
+    "density, mean, std", [("logit-normal", 0.0, 1.0), ("logit-normal", 0.5, 0.7), ("uniform", 0, 1)]
+)
+def test_noise_levels_follow_their_law(density: str, mean: float, std: float):
+    objective = VelocityMSE(density, mean, std, resolution_shift=False)
     sigma = torch.stack([objective.sigma(s, RNG) for s in many(3000)])
-    law = TransformedDistribution(Normal(0.0, 1.0), SigmoidTransform())
+    law = TransformedDistribution(Normal(mean, std), SigmoidTransform())
     cdf = {"logit-normal": lambda x: law.cdf(torch.as_tensor(x)).numpy(), "uniform": "uniform"}[density]
     assert scipy.stats.kstest(sigma.numpy(), cdf).pvalue > 1e-3
 
