@@ -12,6 +12,9 @@ from training.source import BASE, TOY_SIDE_PX
 GUIDANCE = 2.5
 """Of the pictures that are shown and judged: the best of 1, 2.5 and 4 on validation prompts."""
 
+NARROW = ("--density-std", ".7")
+"""Noise levels around the middle, where shapes are made (docs/demo-pilot.md)."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -82,8 +85,8 @@ RECIPES = {
         processes=2,
         steps_256=2200,
         steps_640=300,
-        flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997"),
-        flags_640=("--lr", "2e-3", "--muon-lr", ".02"),
+        flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997", *NARROW),
+        flags_640=("--lr", "2e-3", "--muon-lr", ".02", *NARROW),
         sft_steps=20,
         dpo_pairs=120,
         dpo_steps=10,

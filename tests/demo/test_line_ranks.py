@@ -1,0 +1,36 @@
+"""A command of the line under torchrun: the processes that torchrun would start, forked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import json, os, sys, time
+from pathlib import Path
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+Path(sys.argv[1], os.environ["RANK"]).write_text(json.dumps({n: os.environ[n] for n in names}))
+if sys.argv[2] == os.environ["RANK"]:
+    raise SystemExit(3)
+time.sleep(0.0 if sys.argv[2] == "none" else 3600)
+"""
+
+
+def run_command(folder: Path, fails: str) -> int:
+    (folder / "script.py").write_text(SCRIPT)
+    words = ["torchrun", "--nproc-per-node", "2", str(folder / "script.py"), str(folder), fails]
+    code = f"import sys; from demo.line import run_command; sys.exit(run_command({words!r}))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode
+
+
+def test_ranks_are_told_what_torchrun_tells(tmp_path: Path):
+    assert run_command(tmp_path, "none") == 0
+    told = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
+    assert [(t["RANK"], t["LOCAL_RANK"]) for t in told] == [("0", "0"), ("1", "1")]
+    for t in told:
+        assert t["WORLD_SIZE"] == t["LOCAL_WORLD_SIZE"] == "2" and t["MASTER_PORT"] == told[0]["MASTER_PORT"]
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path: Path):
+    assert run_command(tmp_path, "1") == 3
