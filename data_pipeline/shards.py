@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.pictures import decode
 from data_pipeline.sample import EncodedSample, RawSample, set_apart
-from data_pipeline.tar_index import BLOCK, Entry, TarIndex, keep_index, read_member, scan, tar_index
+from data_pipeline.tar_index import BLOCK, Entry, TarIndex, index_path, keep_index, read_member, scan, tar_index
 from files import atomic_file, remove_leftovers
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def write_encoded(path: Path, samples: Iterable[EncodedSample]) -> int:
             yield _encoded_members(sample)
 
     written = _write(path, members())
+    remove_leftovers(index_path(path))
     keep_index(path, TarIndex(tuple(replace(e, shapes=s) for e, s in zip(written, shapes, strict=True))))
     return len(written)
 

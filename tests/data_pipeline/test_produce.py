@@ -233,7 +233,9 @@ def test_killed_and_run_again_gives_the_same_bytes(raw_folder: Path, components:
     for pattern in (".tmp-*.tar", "shard-000001.tar"):
         produce_until(lambda pattern=pattern: any(killed.glob(pattern)), killed)
     (killed / f".tmp-1-0-gone-{shard_name(2)}").write_bytes(b"half a shard")
-    os.utime(killed / f".tmp-1-0-gone-{shard_name(2)}", (0, 0))
+    (killed / ".tmp-1-0-gone-shard-000001.index.json").write_bytes(b"half an index")
+    for leftover in killed.glob(".tmp-1-0-gone-*"):
+        os.utime(leftover, (0, 0))
     produce_until(lambda: False, killed)
     assert not list(killed.glob(".tmp*"))
     names = [p.name for p in whole.glob("*.tar")] + ["dataset.json", "empty.safetensors"]
