@@ -43,6 +43,7 @@ class Recipe:
     sft_steps: int
     dpo_pairs: int
     dpo_steps: int
+    flags_dpo: tuple[str, ...]
     grpo_steps: int
     flags_grpo: tuple[str, ...]
     sample_steps: int
@@ -69,6 +70,7 @@ RECIPES = {
         sft_steps=8,
         dpo_pairs=12,
         dpo_steps=6,
+        flags_dpo=("--pictures", "4", "--min-gap", ".01", "--batch-size", "16"),  # noise differs in little
         grpo_steps=3,
         flags_grpo=("--prompts-per-update", "2", "--cfg-scale", "4"),
         sample_steps=10,
@@ -90,6 +92,7 @@ RECIPES = {
         sft_steps=20,
         dpo_pairs=120,
         dpo_steps=10,
+        flags_dpo=(),
         grpo_steps=60,
         flags_grpo=(),
         sample_steps=20,
@@ -201,7 +204,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         pretrain(640, recipe.steps_640, "--init", out / "pretrain-256", *recipe.flags_640),
         train("sft", "supervised fine-tuning", "posttrain/sft.py", recipe.sft_steps, *sft_data),
         train("dpo", "direct preference optimisation", "posttrain/dpo.py", recipe.dpo_steps,
-              "--init", out / "sft", "--num-pairs", recipe.dpo_pairs),
+              "--init", out / "sft", "--num-pairs", recipe.dpo_pairs, *recipe.flags_dpo),
         train("grpo", "Flow-GRPO", "posttrain/flow_grpo.py", recipe.grpo_steps,
               "--init", out / "dpo", *recipe.flags_grpo),
         *judge("grpo"),
