@@ -33,8 +33,8 @@ class Recipe:
     batch_size: int
     """Samples in a step of pretraining and fine-tuning."""
     processes: int
-    """Data-parallel processes of each trainer. On two cores, two take three quarters of the time of one with two
-    threads, once a step takes much longer than the processes take to start."""
+    """Data-parallel processes of each trainer. On two cores, two draw and judge Flow-GRPO's pictures faster than one
+    with two threads (5.5 against 7.2 s an update); a step of pretraining takes as long."""
     steps_256: int
     steps_640: int
     flags_256: tuple[str, ...]

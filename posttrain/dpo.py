@@ -99,7 +99,7 @@ from training.algorithm import Fixed, Frozen, Metrics, Model
 from training.encoded_with import require_encoded_with
 from training.engine.step import moved
 from training.flow_matching import noised, per_sample_mean, samples_shown
-from training.held_out import DRAW_BY, HeldOutHook
+from training.held_out import DRAW_BY, HeldOutHook, hold_out
 from training.randomness import Randomness
 from training.run_folder import RunFolder
 from training.studio import Studio
@@ -142,7 +142,7 @@ class DPO(Paged):
         count = min(HELD_OUT, len(self.dataset) // 10) if config.held_out is None else config.held_out
         if count:
             try:
-                self.dataset, self.held = self.dataset.hold_out(count)
+                self.dataset, self.held = hold_out(self.dataset, count)
             except ValueError as error:
                 raise UserError(f"--held-out: {error}") from None
         return Loader(

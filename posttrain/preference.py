@@ -5,8 +5,6 @@ KEY-lose. Pairs are drawn from a model and judged by a reward (`PairDrawing`), o
 (`encode_pair`).
 """
 
-import copy
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -71,17 +69,9 @@ class PairDataset:
         self.tokens = np.array([self.samples.tokens[w] + self.samples.tokens[x] for _, w, x in self._pairs])
         """Tokens of both samples of each pair in joint attention."""
 
-    def hold_out(self, count: int) -> tuple["PairDataset", "PairDataset"]:
-        """(what is trained on, `count` pairs that are not, as the keys' hashes choose). ValueError if that is all."""
-        if not 0 < count < len(self):
-            raise ValueError(f"{count} of {len(self)} pairs cannot be held out: take fewer, or none (0)")
-        order = sorted(range(len(self)), key=lambda i: hashlib.blake2b(self.key(i).encode()).digest())
-        return self._part(sorted(order[count:])), self._part(sorted(order[:count]))
-
-    def _part(self, places: list[int]) -> "PairDataset":
-        part = copy.copy(self)
-        part._pairs, part.tokens = [self._pairs[i] for i in places], self.tokens[places]
-        return part
+    def key_hashes(self) -> np.ndarray:
+        """64 bits of each winner's key, uint64 [pairs]."""
+        return self.samples.key_hashes()[[win for _, win, _ in self._pairs]]
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -141,8 +131,7 @@ class PairDrawing:
 def pair_settings(config: Any) -> dict[str, Any]:
     """All of a DPO run's config that its pairs depend on, as JSON gives it back."""
     names = ("init", "components", "pairs", "num_pairs", "prompts", "rewards", "pictures", "min_gap", "size_px")
-    names += ("sampling_steps", "cfg_scale")
-    values = {name: getattr(config, name) for name in names}
+    values = {name: getattr(config, name) for name in (*names, "sampling_steps", "cfg_scale")}
     return json.loads(json.dumps(values | {"seed": config.loop.seed}, default=str))
 
 

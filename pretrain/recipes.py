@@ -63,6 +63,10 @@ class StageConfig(DataConfig):
     def completed(self) -> "StageConfig":
         config = replace(self, out=self.out or Path(f"runs/pretrain-{self.res}"))
         config.require_sources()
+        if (self.density_mean, self.density_std) != (0.0, 1.0) and self.density != "logit-normal":
+            raise UserError(f"--density-mean and --density-std are of the logit-normal density, not of {self.density}")
+        if self.density_std <= 0:
+            raise UserError(f"--density-std {self.density_std}: a spread is above 0")
         for path in (*(config.data if config.raw is None else ()), config.components):
             if path is not None and not path.exists():
                 raise UserError(f"{path} does not exist")

@@ -38,12 +38,12 @@ class VelocityMSE:
 
     def sigma(self, sample: EncodedSample, rng: Randomness) -> Tensor:
         """Noise level of this draw, fp32 scalar."""
-        draw = rng.normal if self.density == "logit-normal" else rng.uniform
-        x = draw(sample.key, sample.epoch, "sigma")
         if self.density == "logit-normal":
-            sigma = logit_normal(x, self.density_mean, self.density_std)
+            z = rng.normal(sample.key, sample.epoch, "sigma")
+            sigma = logit_normal(z, self.density_mean, self.density_std)
         else:
-            sigma = mode_density(x) if self.density == "mode" else x
+            u = rng.uniform(sample.key, sample.epoch, "sigma")
+            sigma = mode_density(u) if self.density == "mode" else u
         if self.resolution_shift:
             _, frames, height, width = sample.latent.shape
             sigma = shift_sigma(sigma, resolution_mu(frames * height * width // 4))

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.dataset import EncodedDataset
 from data_pipeline.loader import microbatches
 from data_pipeline.sample import EncodedSample
 from training.engine.step import moved
@@ -48,9 +47,9 @@ class Items(Protocol):
 
 
 class Part:
-    """Some samples of a data set, as one of its own."""
+    """Some samples, or pairs, of a data set, as one of its own."""
 
-    def __init__(self, whole: EncodedDataset, places: np.ndarray):
+    def __init__(self, whole: Any, places: np.ndarray):
         self._whole, self._places = whole, places
         self.tokens = whole.tokens[places]
 
@@ -60,7 +59,7 @@ class Part:
     def key(self, index: int) -> str:
         return self._whole.key(self._places[index])
 
-    def __getitem__(self, index: int) -> EncodedSample:
+    def __getitem__(self, index: int) -> Any:
         return self._whole[self._places[index]]
 
     @property
@@ -91,8 +90,8 @@ class Part:
         return np.arange(*np.searchsorted(self._places, ends))
 
 
-def hold_out(dataset: EncodedDataset, count: int) -> tuple[Part, Part]:
-    """(what is trained on, `count` samples that are not).
+def hold_out(dataset: Any, count: int) -> tuple[Part, Part]:
+    """(what is trained on, `count` samples that are not), of a data set that has `key_hashes`.
 
     The keys' hashes choose, so that the same samples are held out however they lie in shards. ValueError if nothing is
     left to train on.

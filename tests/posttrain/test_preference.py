@@ -14,6 +14,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.sample import EncodedSample
 from posttrain.preference import ITEMS_PER_SHARD, PairDataset, is_finished, list_judged, write_pairs
 from posttrain.rollout.prompts import read_prompts
+from training.held_out import hold_out
 from training.run_folder import read_metrics
 
 
@@ -66,7 +67,7 @@ def test_pairs_go_through_the_loader(tmp_path, encoder, one_process):
 def test_pairs_are_held_out_by_their_keys(tmp_path, encoder, one_process):
     write(tmp_path, 25, encoder)
     whole = PairDataset(tmp_path)
-    parts = whole.hold_out(7)
+    parts = hold_out(whole, 7)
     keys = [[part.key(i) for i in range(len(part))] for part in parts]
     assert len(keys[1]) == 7 and sorted(sum(keys, [])) == sorted(whole.key(i) for i in range(len(whole)))
     for part in parts:
@@ -74,7 +75,7 @@ def test_pairs_are_held_out_by_their_keys(tmp_path, encoder, one_process):
         assert [int(t) for t in part.tokens] == [2 * (4 + 2 + int(part.key(i)) % 2) for i in range(len(part))]
     for count in (0, len(whole)):
         with pytest.raises(ValueError, match="cannot be held out"):
-            whole.hold_out(count)
+            hold_out(whole, count)
 
 
 def test_an_interrupted_folder_goes_on_and_is_the_same(tmp_path, encoder, one_process):

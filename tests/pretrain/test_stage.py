@@ -121,6 +121,8 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
         (["--data", "DATA", "--out", "OUT", "--init", "DATA"], "holds no model"),
         (["--data", "DATA", "--out", "OUT", "--max-tokens", "20"], "raise max_tokens"),
         (["--preset", "qwen-image"], "preset qwen-image needs --data"),
+        (["--density", "uniform", "--density-std", ".7"], "are of the logit-normal density, not of uniform"),
+        (["--density-std", "0"], "a spread is above 0"),
     ],
 )
 def test_bad_input_is_one_clear_line(data: dict, tmp_path: Path, arguments: list[str], words: str):
