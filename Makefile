@@ -36,7 +36,7 @@ endif
 quick: .venv/ready  ## the whole line at toy length, about 3 minutes on 2 cores (DATA=folder for your own pictures)
 	@$(HUGE) exec $(PY) demo/line.py --recipe quick $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-demo: .venv/ready   ## the same line, long enough to learn something, at most 30 minutes on 2 cores
+demo: .venv/ready   ## the same line, long enough to learn something, about half an hour on 2 cores
 	@$(HUGE) exec $(PY) demo/line.py --recipe demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: .venv/ready   ## the tests CI runs, at most 12 minutes on 2 cores
