@@ -70,11 +70,24 @@ def add_adapters(model: MMDiT, config: LoRAConfig, seed: int = 0) -> list[str]:
         adapter = Adapter(model.ops.adapters, _KIND[name.split(".")[-1]], in_features, out_features, config)
         layer.lora = adapter.to(layer.weight.device, model.dtype)
         layer.register_forward_hook(lambda module, args, output: output + module.lora(args[0]))
-        generator = named_generator(seed, f"{name}.lora.a.weight")
-        full = (torch.rand(config.rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
-        layer.lora.a.weight.copy_(local_shard(layer.lora.a.weight, full))
-        layer.lora.b.weight.zero_()
+    initialize_adapters(model, seed)
     return list(layers)
+
+
+@torch.no_grad()
+def initialize_adapters(model: MMDiT, seed: int) -> None:
+    """Start the adapters over: see `add_adapters`."""
+    for name, adapter in adapters_of(model).items():
+        weight = adapter.a.weight
+        shape, generator = full_shape(weight), named_generator(seed, f"{name}.lora.a.weight")
+        full = (torch.rand(shape, generator=generator) * 2 - 1) / shape[1] ** 0.5
+        weight.copy_(local_shard(weight, full))
+        adapter.b.weight.zero_()
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model, by their layers' names."""
+    return {name.removesuffix(".lora"): m for name, m in model.named_modules() if isinstance(m, Adapter)}
 
 
 def _unread(model: MMDiT) -> set[str]:
@@ -89,7 +102,7 @@ def load_adapters(model: MMDiT, adapters: Adapters) -> None:
     Adapters of layers that nothing reads, which other trainers write, are passed over.
     """
     adapters = {name: pair for name, pair in adapters.items() if name not in _unread(model)}
-    layers = {name.removesuffix(".lora"): m for name, m in model.named_modules() if isinstance(m, Adapter)}
+    layers = adapters_of(model)
     if odd := set(layers) ^ set(adapters):
         raise ValueError(f"adapters of the model and of the file differ, first at {min(odd)}")
     for name, pair in adapters.items():
@@ -106,10 +119,17 @@ def split_adapters(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], Adapt
     return base, {n: (weights[f"{n}.lora.a.weight"], weights[f"{n}.lora.b.weight"]) for n in names}
 
 
+@torch.no_grad()
 def merge(weights: dict[str, Tensor], adapters: Adapters, scale: float) -> dict[str, Tensor]:
-    """Base weights with the adapters added in: W + scale B A, computed in fp32, returned in W's dtype."""
+    """Base weights with the adapters added in: W + scale B A, computed in fp32, returned in W's dtype and place.
+
+    ValueError names an adapter that fits no weight.
+    """
     merged = dict(weights)
     for name, (a, b) in adapters.items():
-        weight = weights[f"{name}.weight"]
-        merged[f"{name}.weight"] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+        weight = weights.get(f"{name}.weight")
+        if weight is None or weight.shape != (len(b), a.shape[1]):
+            raise ValueError(f"the adapter of {name}, {a.shape[1]} -> {len(b)} channels, fits no layer of this model")
+        change = scale * (b.to(weight.device).float() @ a.to(weight.device).float())
+        merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
     return merged

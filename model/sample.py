@@ -14,7 +14,9 @@ except ModuleNotFoundError as missing:
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = str(BASE)
-    """A run folder, a checkpoint, a diffusers folder or a hub id. Default: the shipped base."""
+    """A run folder, a checkpoint, a diffusers folder, a hub id or a LoRA. Default: the shipped base."""
+    base: Path | None = None
+    """Model that the LoRA of --checkpoint belongs to, for files that don't say."""
     prompt: tuple[str, ...] = ("a photo of a red circle",)
     """One picture is drawn for each prompt."""
     image: tuple[Path, ...] = ()
@@ -42,7 +44,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    side = look(config.checkpoint).side_px()
+    side = look(config.checkpoint, config.base).side_px()
     size = (config.height or side, config.width or side)
     if size[0] % 16 or size[1] % 16 or min(size) < 16:
         raise UserError(f"{size[0]} x {size[1]} pixels: both sides must be positive multiples of 16")
@@ -66,7 +68,7 @@ def main(config: Config) -> None:
     sampler = Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale)
     maker = load(
         config.checkpoint, config.ema, config.components, device, getattr(torch, dtype), sampler=sampler,
-        negative_prompt=config.negative_prompt,
+        base=config.base, negative_prompt=config.negative_prompt,
     )  # fmt: skip
     images = [Image.open(p) for p in config.image]
     config.output.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ class Config(RunConfig):
 
     def completed(self) -> "Config":
         config = super().completed()
-        return replace(config, size_px=picture_side(config.size_px, config.init))
+        return replace(config, size_px=picture_side(config.size_px, config.source))
 
     def side_px(self) -> int:
         return self.size_px

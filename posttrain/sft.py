@@ -1,8 +1,10 @@
 """Supervised fine-tuning: flow matching on curated pictures, from a pretrained model.
 
     torchrun --nproc-per-node 8 posttrain/sft.py --init runs/pretrain-1328 --data DATA
+    python posttrain/sft.py --init Qwen/Qwen-Image --pictures FOLDER --lora-rank 32
 
-The loss is pretraining's. Run the same command again to go on.
+The loss is pretraining's. With --lora-rank adapters are trained, and the weights stay as they are. Run the same command
+again to go on.
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,12 +15,14 @@ try:
     import tyro
 
     from command_line import UserError
+    from model.config import MMDiTConfig
     from training.data_config import DataConfig
     from training.demo_data import demo_data, encoded_folder
     from training.engine.config import EngineConfig
     from training.loop import LoopConfig
-    from training.source import BASE, look
-    from training.start import optimizer, start, toy_optimizer
+    from training.own_pictures import encode_pictures
+    from training.source import BASE, TOY_PARAMETERS, look
+    from training.start import optimizer, picture_side, start, toy_optimizer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -28,15 +32,30 @@ class Config(DataConfig):
     data: tuple[Path, ...] = ()
     """Encoded data sets (of data_pipeline/produce.py), or a single one that is still being made. Default: what --init
     was trained on; for the shipped base, the demo's, made if missing."""
+    pictures: Path | None = None
+    """In place of --data: a folder of pictures with captions (NAME.txt beside each), which are encoded first."""
+    size_px: int | None = None
+    """Side of the square whose area --pictures get, a multiple of 16. Default: what --init was trained at."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=lambda: LoopConfig(10_000, save_every=500))
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=lambda: optimizer(lr=2e-5))
 
     NAME: ClassVar = "sft"
     TOY: ClassVar = dict(batch_size=32, loop=LoopConfig(50, save_every=25), engine=toy_optimizer(1e-4))
 
+    def for_adapters(self, model: MMDiTConfig) -> "Config":
+        config = super().for_adapters(model)
+        if model.num_parameters < TOY_PARAMETERS:
+            return replace(config, loop=replace(config.loop, steps=200))
+        engine, loop = replace(config.engine, recompute="block"), LoopConfig(1000, save_every=250)
+        return replace(config, batch_size=4, max_tokens=4096, engine=engine, loop=loop)
+
     def completed(self) -> "Config":
         self.require_sources()
         config = super().completed()
+        if self.pictures is not None:
+            return self.with_pictures(config)
+        if self.size_px is not None:
+            raise UserError("--size-px goes with --pictures; encoded data have their size")
         data = config.data or tuple(look(config.init).settings.get("data", ()))
         if not data and config.init.resolve() == BASE:
             side = config.side_px()
@@ -44,6 +63,19 @@ class Config(DataConfig):
         if not data:
             raise UserError(f"{config.init} names no data; give --data: encoded shards of data_pipeline/produce.py")
         return replace(config, data=data)
+
+    def with_pictures(self, config: "Config") -> "Config":
+        """The config with the user's pictures encoded. UserError for what does not go with them."""
+        if config.data or config.raw is not None:
+            raise UserError("--pictures stands in place of --data and --raw: give one of them")
+        side = picture_side(config.size_px, config.source)
+        encoded = config.out / "data" / f"encoded-{side}"
+        if not config.dry_run:
+            encoded = encode_pictures(config.pictures, config.components, side, config.out / "data")
+        return replace(config, data=(encoded,), size_px=side, validation=None)
+
+    def side_px(self) -> int:
+        return self.size_px or super().side_px()
 
     def summary(self) -> str:
         data = ", ".join(map(str, self.data))

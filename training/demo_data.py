@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import die_with_parent
+from command_line import UserError, die_with_parent
 from training.source import BASE
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ def demo_pictures() -> Path:
     raw = FOLDER / "raw"
     if not (raw / SHARD).exists():
         if os.environ.get("RANK", "0") == "0":
-            _run("data_pipeline/synthesize.py", "--count", 480, "--size", 128, "--out", raw)
+            run_script("data_pipeline/synthesize.py", "--count", 480, "--size", 128, "--out", raw)
         while not (raw / SHARD).exists():
             time.sleep(1)
     return raw
@@ -37,7 +37,7 @@ def demo_data(side_px: int) -> Path:
     if not _is_whole(encoded):
         if os.environ.get("RANK", "0") == "0":
             where = ("--data", demo_pictures(), "--components", BASE, "--res", side_px, "--out", encoded)
-            _run("data_pipeline/produce.py", *where)
+            run_script("data_pipeline/produce.py", *where)
         while not _is_whole(encoded):
             time.sleep(1)
     return encoded
@@ -47,8 +47,13 @@ def _is_whole(encoded: Path) -> bool:
     return all((encoded / name).exists() for name in ("dataset.json", SHARD))
 
 
-def _run(script: str, *arguments: object) -> None:
-    """Run an entry to its end; if this process is killed, so is it, and the next run does not meet it at work."""
+def run_script(script: str, *arguments: object) -> None:
+    """Run an entry of this repository to its end. UserError if it fails.
+
+    If this process is killed, so is it, and the next run does not meet it at work.
+    """
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    subprocess.run(command, check=True, env=alone, preexec_fn=die_with_parent)
+    status = subprocess.run(command, env=alone, preexec_fn=die_with_parent).returncode
+    if status:
+        raise UserError(f"{script} ended with status {status}; it has said why")

@@ -8,37 +8,51 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from command_line import UserError, from_dict, read_toml
 from model.conditioner import REFERENCE_SIDE_PX, Conditioner
-from model.config import LoRAConfig, MMDiTConfig
+from model.config import MMDiTConfig
 from model.diffusers_io.config import read_config
 from model.diffusers_io.folder import load_transformer, read_weights
-from model.lora import merge, split_adapters
+from model.diffusers_io.lora_files import read_adapters
+from model.lora import Adapters, merge, split_adapters
 from model.mmdit import MMDiT
 from model.text_to_image import TextToImage
 from training.engine import checkpoint
-from training.source import components_fingerprint, look
+from training.source import Source, components_fingerprint, look
 from vae.autoencoder import VAE
 
 if TYPE_CHECKING:
     from training.engine.step import Engine
 
 
-def fill_weights(engine: "Engine", source: Path | None, seed: int = 0) -> Path | None:
-    """Fill the engine's weights from `source`, at random if it is None; returns what was read.
+def fill_weights(
+    engine: "Engine", source: Path | None, seed: int = 0, base: Path | None = None
+) -> tuple[Path, Path] | None:
+    """Fill the engine's weights from `source`, at random if it is None; returns what was read, and the model in it.
 
-    Raises ValueError if it holds another model, or none.
+    Of adapters, that is the model that they belong to: `base`, where they don't say. Adapters that train beside a
+    whole model start over. Raises ValueError if `source` holds another model, or none.
     """
     if source is None:
         engine.initialize(seed)
         return None
-    found = look(source)
+    found = look(source, base)
+    if found.lora is not None and engine.config.lora is None:
+        raise ValueError(f"{source} holds adapters, and no adapters are to be trained: export it as a model first")
+    model = found.base
+    if model.is_ours:
+        whole = engine.load_run(model.path)
+    elif (there := read_config(model.folder)) == engine.model_config:
+        engine.load_weights(read_weights(model.folder))
+        whole = model.folder
+    else:
+        raise ValueError(f"{model.path} holds another model: {there}; this run's is {engine.model_config}")
+    if found.lora is None:
+        engine.initialize_adapters(seed)
+        return whole, whole
     if found.is_ours:
-        return engine.load_run(found.path)
-    if (there := read_config(found.folder)) != engine.model_config:
-        raise ValueError(f"{source} holds another model: {there}; this run's is {engine.model_config}")
-    engine.load_weights(read_weights(found.folder))
-    return found.folder
+        return engine.load_run(found.path), whole
+    engine.load_adapters(read_adapters(found.path)[1])
+    return found.path, whole
 
 
 def load(
@@ -47,22 +61,23 @@ def load(
     components: Path | str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    base: Path | str | None = None,
     **settings: Any,
 ) -> TextToImage:
-    """What draws the pictures of `source`: a run folder, a checkpoint in one, a diffusers folder or a hub id.
+    """What draws the pictures of `source`: a run folder, a checkpoint in one, a diffusers folder, a hub id or adapters.
 
-    `ema` takes a run's averaged weights; `components` replaces the folder that the source names; `settings` are those
-    of `TextToImage`. Pictures to edit are seen at the area that the model was trained at. Raises UserError if the
-    source is none of these.
+    `ema` takes a run's averaged weights; `components` replaces the folder that the source names; `base` is the model
+    that adapters belong to, where they don't say; `settings` are those of `TextToImage`. Pictures to edit are seen at
+    the area that the model was trained at. Raises UserError if the source is none of these.
     """
-    found = look(source)
-    if found.is_ours:
-        config, weights = whole_weights(source, ema)
-        model = _empty_model(config, device, dtype)
-        model.load_state_dict(weights)
+    found = look(source, base)
+    model = _empty_model(found.model_config(), device, dtype)
+    if found.base.is_ours:
+        model.load_state_dict(checkpoint.read_weights(found.base.path, ema or found.lora is not None)[1])
     else:
-        model = _empty_model(read_config(found.folder), device, dtype)
-        load_transformer(found.folder, model)
+        load_transformer(found.base.folder, model)
+    if found.lora is not None:
+        model.load_state_dict(merge(model.state_dict(), adapters(found, ema), found.lora.scale))
     components = components or found.components()
     conditioner = Conditioner.from_folder(components, device, dtype)
     vae = VAE.from_folder(components, device, dtype)
@@ -70,17 +85,22 @@ def load(
     return TextToImage(model.eval().requires_grad_(False), conditioner, vae, device, **settings)
 
 
-def whole_weights(source: Path | str, ema: bool = True) -> tuple[MMDiTConfig, dict[str, Tensor]]:
-    """Config and weights of a run or checkpoint, adapters merged in (their settings are `lora` in its config.toml)."""
-    config, weights = checkpoint.read_weights(Path(source), ema=ema)
-    base, adapters = split_adapters(weights)
-    if not adapters:
-        return config, weights
-    run = look(source).run
-    settings = None if run is None else read_toml(run / "config.toml").get("lora")
-    if settings is None:
-        raise UserError(f"{source} holds adapters, but its config.toml has no [lora] table with their rank and alpha")
-    return config, merge(base, adapters, from_dict(LoRAConfig, settings).scale)
+def whole_weights(found: Source, ema: bool = True) -> tuple[MMDiTConfig, dict[str, Tensor]]:
+    """Config and weights of a model, adapters merged in; `ema` takes a run's averaged ones."""
+    if found.base.is_ours:
+        config, weights = checkpoint.read_weights(found.base.path, ema or found.lora is not None)
+    else:
+        config, weights = found.model_config(), dict(read_weights(found.base.folder))
+    if found.lora is not None:
+        weights = merge(weights, adapters(found, ema), found.lora.scale)
+    return config, weights
+
+
+def adapters(found: Source, ema: bool = True) -> Adapters:
+    """The adapters of a run, a checkpoint or a file, whole."""
+    if found.kind == "lora":
+        return read_adapters(found.path)[1]
+    return split_adapters(checkpoint.read_weights(found.path, ema)[1])[1]
 
 
 def fingerprint(source: str, ema: bool, components: Path | None, precision: str) -> str:

@@ -4,6 +4,7 @@ The only place that knows. Imports no torch: `--help` asks here which recipe fit
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, Literal
 
 from command_line import UserError, read_toml
 from files import hash_files
-from model.config import PRESETS, MMDiTConfig
-from model.diffusers_io.config import locate, read_config
+from model.config import PRESETS, LoRAConfig, MMDiTConfig
+from model.diffusers_io.config import ADAPTER_FILES, locate, read_config
 from training.engine import checkpoint
 
 BASE = Path(__file__).resolve().parent.parent / "base"
@@ -24,15 +25,19 @@ TOY_PARAMETERS = 10**8
 """Models below this have recipes for a laptop; above, for GPUs."""
 TOY_SIDE_PX = {256: 64, 640: 80, 1328: 128}
 """Side of the squares that each stage of pretraining trains the tiny preset on."""
+NOTE = "init.json"
+"""File of a run that says what it started from, and what its adapters belong to if it trains adapters."""
 COMPONENT_PARTS = ("text_encoder", "tokenizer", "vae", "scheduler", "processor")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk, or on the hub."""
+    """A model on disk, or on the hub, or adapters and the model that they belong to."""
 
     path: Path
     kind: Kind
+    named_base: Path | None = None
+    """The model that adapters belong to, where a user has said so."""
 
     @cached_property
     def run(self) -> Path | None:
@@ -53,6 +58,45 @@ class Source:
                 settings[name] = found[0] if isinstance(value, str) else found
         return settings
 
+    @cached_property
+    def lora(self) -> LoRAConfig | None:
+        """Settings of the adapters; None if the weights are a model's."""
+        if self.kind == "lora":
+            from model.diffusers_io.lora_files import read_settings
+
+            return read_settings(self.path)
+        found = checkpoint.read_state(self.checkpoint(thorough=False)).get("lora") if self.is_ours else None
+        return None if found is None else LoRAConfig(**found)
+
+    @cached_property
+    def base(self) -> "Source":
+        """The whole model: what adapters belong to, else this. UserError if that is not known, or gone."""
+        if self.lora is None:
+            return self
+        if self.kind == "lora":
+            from model.diffusers_io.lora_files import read_base
+
+            named = self.named_base or read_base(self.path)
+            if named is None:
+                raise UserError(f"{self.path} does not say what model it belongs to: name it by --base")
+        elif self.run is None or not (self.run / NOTE).is_file():
+            raise UserError(f"{self.path} holds adapters, but no {NOTE} that says what model they belong to")
+        else:
+            named = named_by(self.run, json.loads((self.run / NOTE).read_text())["base"])
+        try:
+            found = look(named)
+        except UserError as error:
+            raise UserError(f"the adapters of {self.path} belong to {named}: {error}") from None
+        return found.base
+
+    @property
+    def hub_id(self) -> str | None:
+        """Name of the model on the hub, if it is from there."""
+        if self.kind == "hub":
+            return str(self.path)
+        found = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", str(self.path))
+        return None if found is None else "/".join(found.groups())
+
     @property
     def is_ours(self) -> bool:
         """Whether the weights are in a checkpoint of ours."""
@@ -66,7 +110,7 @@ class Source:
         """Config of the model. ValueError if it is none that we know."""
         if self.is_ours:
             return MMDiTConfig(**checkpoint.read_state(self.checkpoint(thorough=False))["model"])
-        return read_config(self.folder)
+        return self.base.model_config() if self.kind == "lora" else read_config(self.folder)
 
     @cached_property
     def folder(self) -> Path:
@@ -75,6 +119,8 @@ class Source:
 
     def components(self) -> Path:
         """The folder with text encoder, tokenizer and VAE that goes with the model. UserError if there is none."""
+        if self.kind == "lora":
+            return self.base.components()
         if not self.is_ours:
             return self.folder
         named = self.settings.get("components")
@@ -91,6 +137,8 @@ class Source:
             from data_pipeline.dataset import read_fingerprint
 
             return read_fingerprint(self.settings["data"][0], growing=True).resolution
+        if self.kind == "lora":
+            return self.base.side_px()
         if self.kind == "hub" or self.model_config().num_parameters > TOY_PARAMETERS:
             return PUBLISHED_SIDE_PX
         return TOY_SIDE_PX[256]
@@ -98,12 +146,19 @@ class Source:
     def fingerprint(self, ema: bool = True) -> str:
         """Hash of the weights: of a run, its newest intact checkpoint's manifest stands for them."""
         if self.is_ours:
-            return hash_files([self.checkpoint() / checkpoint.MANIFEST]) + f" ema {ema}"
-        return json.dumps(_hash_parts(self.folder, ("transformer",)))
+            own = hash_files([self.checkpoint() / checkpoint.MANIFEST]) + f" ema {ema}"
+        elif self.kind == "lora":
+            own = hash_files(sorted(self.path.glob("*")) if self.path.is_dir() else [self.path])
+        else:
+            own = json.dumps(_hash_parts(self.folder, ("transformer",)))
+        return own if self.lora is None else f"{own} on {self.base.fingerprint()}"
 
 
-def look(path: Path | str) -> Source:
-    """What lies at a path. UserError if it is nothing that holds a model."""
+def look(path: Path | str, base: Path | str | None = None) -> Source:
+    """What lies at a path; `base` is the model that adapters belong to, for files that don't say.
+
+    UserError if it is nothing that holds a model.
+    """
     folder = Path(path)
     if (folder / checkpoint.STATE).exists() or (folder.name.startswith("step_") and folder.is_dir()):
         return Source(folder, "checkpoint")
@@ -111,9 +166,8 @@ def look(path: Path | str) -> Source:
         return Source(folder, "run")
     if (folder / "transformer").is_dir():
         return Source(folder, "diffusers")
-    adapters = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-    if folder.suffix == ".safetensors" or any((folder / name).is_file() for name in adapters):
-        return Source(folder, "lora")
+    if folder.is_file() and folder.suffix == ".safetensors" or any((folder / n).is_file() for n in ADAPTER_FILES):
+        return Source(folder, "lora", None if base is None else Path(base))
     if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "runs/")):
         return Source(folder, "hub")
     what = "holds no model (no checkpoints, no transformer/)" if folder.exists() else "does not exist"

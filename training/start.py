@@ -21,17 +21,18 @@ import tyro
 from command_line import UserError, flag, load_named, run
 from files import hash_files, write_json
 from model.config import PRESETS, MMDiTConfig
+from model.diffusers_io.config import ADAPTER_FILES
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
-from training.source import BASE, TOY_PARAMETERS, Source, look
+from training.source import BASE, NOTE, TOY_PARAMETERS, Source, look
 
 if TYPE_CHECKING:
     from model.sampling.draw import Request
     from training.algorithm import Batches
     from training.studio import Studio
 
-NOTE = "init.json"
-"""File of a run that says what it started from."""
+ADAPTERS_RATE = 10
+"""Learning rate of adapters in that of the weights (LoRA Without Regret, 2025; Flow-GRPO's 3e-4 and 3e-5)."""
 LARGE_PARAMETERS = 4 * 10**9
 """From here on, weights and their gradients are split over four tensor-parallel ranks."""
 
@@ -41,7 +42,9 @@ class RunConfig:
     """What all trainers take; each adds its own. The defaults are those for large models."""
 
     init: Path | None = None
-    """Run, checkpoint, diffusers folder or hub id to start from. Default: the shipped base."""
+    """Run, checkpoint, diffusers folder, hub id or LoRA file to start from. Default: the shipped base."""
+    base: Path | None = None
+    """Model that the adapters of --init belong to, for files that don't say."""
     components: Path | None = None
     """Folder with tokenizer/, text_encoder/ and vae/. Default: the one that --init was trained with."""
     out: Path | None = None
@@ -83,21 +86,38 @@ class RunConfig:
     def defaults(cls, argv: list[str]) -> Self:
         """The recipe for the model that the command line names, or that the run would start from."""
         out = Path(flag(argv, "--out") or f"runs/{cls.NAME}")
-        found = look(_noted(out) or flag(argv, "--init") or BASE)
-        return cls.recipe(PRESETS["qwen-image"] if found.kind == "hub" else found.model_config())
+        found = look(_noted(out) or flag(argv, "--init") or BASE, flag(argv, "--base"))
+        model = PRESETS["qwen-image"] if found.base.kind == "hub" else found.model_config()
+        config, adapted = cls.recipe(model), found.lora or flag(argv, "--lora-rank") not in (None, "0")
+        return config.for_adapters(model) if adapted else config
+
+    def for_adapters(self, model: MMDiTConfig) -> Self:
+        """This recipe with adapters in place of weights: on one device, at a rate of their own."""
+        engine = self.engine
+        faster = replace(engine.optimizer, lr=ADAPTERS_RATE * engine.optimizer.lr)
+        return replace(self, engine=replace(engine, parallel=ParallelConfig(), optimizer=faster))
 
     def completed(self) -> Self:
         """The config with its open fields filled in. UserError for what cannot be."""
-        source = _starting_point(self)
+        source, engine = _starting_point(self), self.engine
         components = self.components or source.components()
+        if source.lora is not None:
+            if engine.lora not in (None, source.lora):
+                raise UserError(f"{source.path} holds other adapters ({source.lora}): leave out --lora-*, they go on")
+            engine = engine.with_lora(source.lora)
         if source.is_ours:
             source = look(source.checkpoint(thorough=False))
-        return replace(self, init=source.path, components=Path(components))
+        return replace(self, init=source.path, components=Path(components), engine=engine)
+
+    @property
+    def source(self) -> Source:
+        """What the run starts from."""
+        return look(self.init, self.base)
 
     @property
     def model(self) -> MMDiTConfig:
         """Config of the model to train."""
-        return look(self.init).model_config()
+        return self.source.model_config()
 
     @property
     def guidance(self) -> float:
@@ -106,7 +126,7 @@ class RunConfig:
 
     def side_px(self) -> int:
         """Side of the square whose area the run's pictures have; validation draws at it."""
-        return picture_side(None, self.init)
+        return picture_side(None, self.source)
 
     def plan(self) -> str:
         """What `--dry-run` prints."""
@@ -114,7 +134,9 @@ class RunConfig:
 
     def summary(self) -> str:
         """What a run says first, in a line."""
-        return f"{self.out}: {self.model.num_parameters:,} parameters from {self.init}, components {self.components}"
+        trained = "" if self.engine.lora is None else f"adapters of rank {self.engine.lora.rank} on "
+        size = f"{self.model.num_parameters:,} parameters"
+        return f"{self.out}: {trained}{size} from {self.init}, components {self.components}"
 
 
 def optimizer(lr: float, warmup_steps: int = 20, ema_decay: float = 0.999) -> EngineConfig:
@@ -127,10 +149,10 @@ def toy_optimizer(lr: float, dtype: Literal["auto", "float32", "bfloat16"] = "au
     return replace(optimizer(lr, warmup_steps=0, ema_decay=0.9), dtype=dtype)
 
 
-def picture_side(size_px: int | None, source: Path) -> int:
+def picture_side(size_px: int | None, source: Source) -> int:
     """`size_px`, or the side that `source` was trained at. UserError if it is no multiple of 16."""
     if size_px is None:
-        size_px = look(source).side_px()
+        size_px = source.side_px()
     if size_px < 16 or size_px % 16:
         raise UserError(f"--size-px {size_px}: pictures need sides that are multiples of 16")
     return size_px
@@ -201,10 +223,11 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
     if engine.rank == 0:
         print(f"{config.summary()}; {engine.world_size} {engine.device.type} process(es)", flush=True)
     resumes = bool(list_checkpoints(run_folder.checkpoints))
-    if not resumes or any(isinstance(policy, Fixed) for policy in trainer.frozen.values()):
-        read = fill_weights(engine, config.init, config.loop.seed)
+    adapted = config.engine.lora is not None  # their checkpoints hold nothing else
+    if not resumes or adapted or any(isinstance(policy, Fixed) for policy in trainer.frozen.values()):
+        read = fill_weights(engine, config.init, config.loop.seed, config.base)
         if engine.rank == 0 and read is not None:
-            _note(config.out, given, read, noted is not None)
+            _note(config.out, given, *read, noted is not None)
     for name, policy in trainer.frozen.items():
         engine.frozen.keep(name, policy)
     batches = trainer.batches()
@@ -242,13 +265,13 @@ def _starting_point(config: RunConfig) -> Source:
     """
     noted = _noted(config.out)
     if noted is None:
-        return look(config.init or BASE)
+        return look(config.init or BASE, config.base)
     note = json.loads((config.out / NOTE).read_text())
     if config.init is not None and str(config.init) not in (note["given"], note["source"]):
         raise UserError(f"{config.out} started from {note['given']}, not from {config.init}; choose another --out")
     if not noted.exists():
         raise UserError(f"{noted}, which {config.out} started from, is gone; restore it or choose another --out")
-    return look(noted)
+    return look(noted, config.base or note.get("base"))
 
 
 def _noted(out: Path | None) -> Path | None:
@@ -258,16 +281,25 @@ def _noted(out: Path | None) -> Path | None:
     return Path(json.loads((out / NOTE).read_text())["source"])
 
 
-def _note(out: Path, given: Path | None, read: Path, resumes: bool) -> None:
+def _note(out: Path, given: Path | None, read: Path, base: Path, resumes: bool) -> None:
     """Note what a run started from, for its newest checkpoint may be another when the run goes on.
 
     Raises ValueError if a run that goes on began from other weights.
     """
     from training.engine.checkpoint import MANIFEST
 
-    name = MANIFEST if (read / MANIFEST).exists() else "transformer/config.json"
-    note = {"given": str(given or read), "source": str(read), "hash": hash_files([read / name])}
+    def stamp(path: Path) -> str:
+        names = (path / name for name in (MANIFEST, "transformer/config.json", *ADAPTER_FILES))
+        return hash_files([next((file for file in names if file.exists()), path)])
+
+    note = {"given": str(given or read), "source": str(read), "hash": stamp(read)}
+    note |= {"base": str(base), "base_hash": stamp(base)}
     if not resumes:
         write_json(out / NOTE, note)
-    elif (there := json.loads((out / NOTE).read_text())["hash"]) != note["hash"]:
-        raise ValueError(f"{read} holds other weights ({note['hash'][:8]}) than when {out} started ({there[:8]})")
+        return
+    there = json.loads((out / NOTE).read_text())
+    for path, kept in ((read, "hash"), (base, "base_hash")):
+        if kept in there and there[kept] != note[kept]:
+            raise ValueError(
+                f"{path} holds other weights ({note[kept][:8]}) than when {out} started ({there[kept][:8]})"
+            )

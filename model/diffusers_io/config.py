@@ -6,6 +6,8 @@ from pathlib import Path
 
 from model.config import MMDiTConfig
 
+ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Names of files of adapters, diffusers' and PEFT's."""
 UNSUPPORTED = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
 
 

@@ -36,7 +36,7 @@ class RolloutConfig(RunConfig):
         if self.group < 2:
             raise UserError(f"--group {self.group}: pictures of a prompt are compared with each other, so 2 at least")
         config = super().completed()
-        return replace(config, size_px=picture_side(config.size_px, config.init))
+        return replace(config, size_px=picture_side(config.size_px, config.source))
 
     def side_px(self) -> int:
         return self.size_px

@@ -1,7 +1,5 @@
 """Adapters compute and train like PEFT's, and their files go both ways."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from diffusers import QwenImagePipeline
@@ -149,25 +147,3 @@ def test_bad_input_is_named(tmp_path):
     save_file({"unet.lora_A.weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="no adapter of a layer"):
         read_adapters(tmp_path / "foreign.safetensors")
-
-
-def test_adapters_of_a_run_are_merged_when_it_is_read(tmp_path, monkeypatch):
-    from command_line import UserError, write_toml
-    from training.loading import whole_weights
-
-    @dataclass(frozen=True)
-    class Run:
-        lora: LoRAConfig | None
-
-    model, sample = random_model(), case(CONFIG, **SAMPLE)
-    adapted(model, config := LoRAConfig(rank=4, alpha=6, rank_stabilised=True))
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    monkeypatch.setattr("training.engine.checkpoint.read_weights", lambda source, ema: (CONFIG, state))
-    write_toml(Run(config), tmp_path / "config.toml")
-    (tmp_path / "checkpoints").mkdir()
-    plain = random_model(seed=9)
-    plain.load_state_dict(whole_weights(tmp_path)[1])
-    assert relative(run_ours(plain, [sample])[0], run_ours(model, [sample])[0]) < 1e-5
-    write_toml(Run(None), tmp_path / "config.toml")
-    with pytest.raises(UserError, match="no .lora. table"):
-        whole_weights(tmp_path)

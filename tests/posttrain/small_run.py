@@ -54,10 +54,8 @@ def run_entry(rank: int, name: str, steps: int, save_every: int, lr: float = 1e-
     os.environ["RANK"] = str(rank)
     entry = importlib.import_module(f"posttrain.{name}")
     (trainer,) = (c for n, c in vars(entry).items() if n.lower().endswith(name.replace("_", "")))
-    config = replace(entry.Config.recipe(CONFIG), **{"validate_every": 0, **settings})
-    config = replace(
-        config,
-        loop=replace(config.loop, steps=steps, save_every=save_every),
-        engine=EngineConfig(optimizer=OptimizerConfig(lr=lr, warmup_steps=0), ema_decay=0.9),
+    engine = replace(
+        settings.pop("engine", EngineConfig()), optimizer=OptimizerConfig(lr=lr, warmup_steps=0), ema_decay=0.9
     )
-    main(config, trainer)
+    config = replace(entry.Config.recipe(CONFIG), **{"validate_every": 0, **settings}, engine=engine)
+    main(replace(config, loop=replace(config.loop, steps=steps, save_every=save_every)), trainer)

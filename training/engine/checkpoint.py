@@ -9,6 +9,7 @@ A checkpoint is a folder `step_00001000`:
 It is written under a temporary name, fsynced and renamed, so that a folder with this name is complete; the manifest
 catches what a disk or a person did to it later. Tensors are `model.NAME` (weights), `ema.NAME` (their fp32 moving
 average) and `optimizer.state.*`, whole and under the model's own names, so that any parallel layout can load them.
+Where adapters train, their weights alone are there, and state.json has their settings.
 
 `.metadata` is a pickle (torch's format): load checkpoints from places you trust.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files import fsync
-from model.config import MMDiTConfig
+from model.config import LoRAConfig, MMDiTConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,13 +115,28 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def require_same_model(checkpoint: Path, model_config: Any) -> None:
-    """Raise ValueError, naming every field that differs, if the checkpoint is of another model."""
-    there, here = read_state(checkpoint)["model"], plain(model_config)
+def require_same_model(checkpoint: Path, model_config: Any, lora: LoRAConfig | None) -> None:
+    """Raise ValueError, naming every field that differs, if the checkpoint is of another model or other adapters."""
+    state = read_state(checkpoint)
+    if ("lora" in state) != (lora is not None):
+        kinds = ("all weights", "adapters")
+        there, here = kinds["lora" in state], kinds[lora is not None]
+        raise ValueError(f"checkpoint {checkpoint} is of {there}, and {here} are to be trained here")
+    there, here = state["model"], plain(model_config)
+    if lora is not None:
+        there, here = {**there, **state["lora"]}, {**here, **plain(lora)}
     if there != here:
         names = [n for n in {**there, **here} if there.get(n) != here.get(n)]
         differences = "; ".join(f"{n} is {there.get(n)} there, {here.get(n)} here" for n in names)
         raise ValueError(f"checkpoint {checkpoint} is of another model: {differences}")
+
+
+def averaged(checkpoint: Path) -> set[str]:
+    """Names of the weights whose moving average a checkpoint holds."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {key.removeprefix("ema.") for key in stored if key.startswith("ema.")}
 
 
 def read_tensors(checkpoint: Path, ema: bool = True) -> "dict[str, Tensor]":

@@ -1,8 +1,10 @@
 """Settings of the engine. Imports no torch: `--help` reads it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from model.config import LoRAConfig
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,32 @@ class EngineConfig:
     """Recompute each block's activations in the backward pass instead of keeping them: selective keeps the results of
     matrix products and attention, and recomputes norms, modulation, rotation and GELU; block recomputes all."""
 
+    lora_rank: int = 0
+    """Train adapters of this rank beside the weights, which stay as they are (LoRA). 0 trains the weights."""
+    lora_alpha: float | None = None
+    """What the adapters' sum counts, times the rank. Default: twice the rank."""
+    lora_targets: tuple[str, ...] = ("q", "k", "v", "out")
+    """Layers with an adapter, by the end of their name: q (of both streams), img.mlp_in, mod, blocks.0.txt.k."""
+    lora_rank_stabilised: bool = False
+    """Scale adapters by alpha / sqrt(rank) in place of alpha / rank."""
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters that train; None if the weights do."""
+        if not self.lora_rank:
+            return None
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return LoRAConfig(self.lora_rank, alpha, self.lora_rank_stabilised, self.lora_targets)
+
+    def with_lora(self, lora: LoRAConfig) -> "EngineConfig":
+        """The same, training adapters."""
+        return replace(
+            self, lora_rank=lora.rank, lora_alpha=lora.alpha, lora_targets=lora.targets,
+            lora_rank_stabilised=lora.rank_stabilised,
+        )  # fmt: skip
+
     def __post_init__(self):
+        if self.lora_rank < 0:
+            raise ValueError(f"the rank of adapters is positive, or 0 for none, got {self.lora_rank}")
         if self.compile and self.recompute == "selective":
             raise ValueError("compiled blocks recompute what is cheap anyway: use recompute none or block with compile")

@@ -1,7 +1,8 @@
 """Saving and loading an engine's whole state, every rank its part (Megatron's dist_checkpointing, `torch_dist`).
 
-The format is in `checkpoint.py`. Optimizer state is `fully_reshardable`: stored in the parameters' own shapes, it
-loads under any number of tensor-, context- and data-parallel ranks. The moving average is stored likewise.
+The format is in `checkpoint.py`. Where adapters train, they are all that is saved of the weights. Optimizer state is
+`fully_reshardable`: stored in the parameters' own shapes, it loads under any number of tensor-, context- and
+data-parallel ranks. The moving average is stored likewise.
 """
 
 import shutil
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from files import write_json
+from model.config import LoRAConfig
 from training.ema import MovingAverage
 from training.engine import checkpoint
 from training.engine.device import Layout, megatron_region
@@ -57,6 +59,7 @@ class Saving:
     shards: Shards
     averages: dict[str, MovingAverage]
     layout: Layout
+    lora: LoRAConfig | None = None
 
     def save(self, folder: Path, info: dict[str, Any]) -> None:
         """Write checkpoint `folder`; `info` is JSON that `load` gives back. All ranks share the file system."""
@@ -79,6 +82,8 @@ class Saving:
         if layout.rank == 0:
             updates = {name: average.updates for name, average in self.averages.items()}
             state = {"model": checkpoint.plain(self.model_config), "updates": updates, **info}
+            if self.lora is not None:
+                state["lora"] = checkpoint.plain(self.lora)
             write_json(temporary / checkpoint.STATE, state)
             shared = sorted(p.name for p in temporary.iterdir() if not p.name.startswith("__"))
             parts.append(checkpoint.describe_files(temporary, shared))
@@ -93,7 +98,7 @@ class Saving:
 
         Raises ValueError if the checkpoint is of another model or lacks a frozen policy.
         """
-        checkpoint.require_same_model(folder, self.model_config)
+        checkpoint.require_same_model(folder, self.model_config, self.lora)
         info = checkpoint.read_state(folder)
         if missing := sorted(set(self.averages) - set(info["updates"])):
             raise ValueError(f"checkpoint {folder} holds no copy of the frozen policy {', '.join(missing)}")
@@ -115,20 +120,23 @@ class Saving:
     def load_weights(self, source: Path, ema: bool) -> Path:
         """Fill the weights from the (averaged) weights of a run or checkpoint of the same model; returns which one.
 
-        Raises ValueError if it has no intact checkpoint or is of another model.
+        One of adapters fills adapters, one of weights all but those. Raises ValueError if it has no intact checkpoint
+        or is of another model.
         """
         found = _shared_view(checkpoint.candidates(source))
         folder = self._first_intact(found)
         if folder is None:
             raise ValueError(checkpoint.no_checkpoint(source, found))
-        checkpoint.require_same_model(folder, self.model_config)
+        of_adapters = checkpoint.read_state(folder).get("lora") is not None
+        checkpoint.require_same_model(folder, self.model_config, self.lora if of_adapters else None)
+        averaged = checkpoint.averaged(folder) if ema else set()
+        weights = {}
+        for name, param in self.model.named_parameters():
+            if param.requires_grad if of_adapters else ".lora." not in name:
+                key, dtype = (f"ema.{name}", torch.float32) if name in averaged else (f"model.{name}", param.dtype)
+                weights[name] = self._sharded(key, param, torch.empty_like(param, dtype=dtype))
         with megatron_region():
-            state = self._weights()
-            for name, param in self.model.named_parameters():
-                if ema and param.requires_grad:
-                    room = torch.empty_like(param, dtype=torch.float32)
-                    state["model"][name] = self._sharded(f"ema.{name}", param, room)
-            self._fill(dist_checkpointing.load(state, str(folder))["model"])
+            self._fill(dist_checkpointing.load({"model": weights}, str(folder))["model"])
         return folder
 
     def resume(self, checkpoints: Path) -> dict[str, Any] | None:
@@ -157,8 +165,8 @@ class Saving:
         return None
 
     def _fill(self, weights: dict[str, Tensor]) -> None:
-        for name, param in self.model.named_parameters():
-            param.copy_(weights[name])
+        for name, weight in weights.items():
+            self.model.get_parameter(name).copy_(weight)
 
     def _sharded(self, key: str, param: Tensor, data: Tensor, replica: int | None = None) -> ShardedTensor:
         """How `data`, in the shape of this rank's `param`, lies in the whole; of replicas the first is written."""
@@ -169,7 +177,8 @@ class Saving:
         return ShardedTensor.from_rank_offsets(key, data, replica_id=(0, layout.tp_rank, replica))
 
     def _weights(self) -> dict[str, Any]:
-        return {"model": {n: self._sharded(f"model.{n}", p, p) for n, p in self.model.named_parameters()}}
+        saved = {n: p for n, p in self.model.named_parameters() if self.lora is None or p.requires_grad}
+        return {"model": {n: self._sharded(f"model.{n}", p, p) for n, p in saved.items()}}
 
     def _optimizer(self, loading: bool) -> dict[str, Any]:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -19,6 +19,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from model.lora import Adapters, add_adapters, initialize_adapters, load_adapters
 from model.mmdit import MMDiT
 from model.ops import Ops, local_shard
 from training.algorithm import Algorithm
@@ -64,26 +65,41 @@ class Engine:
         self.align = self.ops.align
         with device.megatron_region():
             self.model = build(model_config, self.ops).to(self.device, self.dtype)
+            if config.lora is not None:
+                add_adapters(self.model, config.lora)
             prepare_blocks(self.model, config.compile, config.recompute)
             self._ddp, self.optimizer = self._wrap()
         self.shards = Shards(self._ddp, self.optimizer)
         if config.optimizer.muon_lr is not None:
             self.optimizer.optimizer.muon = muon.Muon(self.shards, self.dtype)
         self.frozen = FrozenPolicies(self.model, self.shards, self.dtype, ramped(config.ema_decay))
-        self._saving = Saving(model_config, self.model, self.optimizer, self.shards, self.frozen.averages, layout)
+        self._saving = Saving(
+            model_config, self.model, self.optimizer, self.shards, self.frozen.averages, layout, config.lora
+        )
         self.step_count = self.skipped = 0
 
     # Weights
 
     def initialize(self, seed: int) -> None:
-        """Fill the weights at random, alike in every layout (see `MMDiT.initialize`)."""
+        """Fill the weights at random, alike in every layout (see `MMDiT.initialize`); adapters, too."""
         self.model.initialize(seed)
+        self.initialize_adapters(seed)
+
+    def initialize_adapters(self, seed: int) -> None:
+        """Start adapters over: they change nothing yet, and what they will learn from is random."""
+        initialize_adapters(self.model, seed)
+        self.weights_changed()
+
+    def load_adapters(self, adapters: Adapters) -> None:
+        """Fill the adapters from whole ones; ValueError names one that does not match."""
+        load_adapters(self.model, adapters)
         self.weights_changed()
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Fill the weights from (name, whole tensor) pairs; ValueError names what is missing or unknown."""
-        params, seen = dict(self.model.named_parameters()), set()
+        """Fill all weights but adapters from (name, whole tensor) pairs; ValueError names what is missing or odd."""
+        params = {name: p for name, p in self.model.named_parameters() if ".lora." not in name}
+        seen = set()
         for name, full in weights:
             if name not in params:
                 raise ValueError(f"the model has no weight called {name}")
@@ -198,7 +214,8 @@ class Engine:
         return None if state is None else self._restored(state)
 
     def load_run(self, source: Path, ema: bool = True) -> Path:
-        """Start from the (averaged) weights of another run's or checkpoint's folder; returns the checkpoint taken."""
+        """Start from the (averaged) weights, or adapters, of another run's or checkpoint's folder; returns the
+        checkpoint taken."""
         folder = self._saving.load_weights(Path(source), ema)
         self.weights_changed()
         return folder

@@ -1,0 +1,46 @@
+"""A user's folder of pictures with captions, encoded before training by processes that end before it begins, so that
+text encoder and VAE never share a card with the model that trains."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from command_line import UserError
+from files import write_json
+from training.demo_data import run_script
+
+NOTE = "pictures.json"
+"""File that says which pictures have been encoded, written when they all are."""
+
+
+def encode_pictures(pictures: Path, components: Path, side_px: int, out: Path) -> Path:
+    """The encoded data set of a folder's pictures, below `out`; rank 0 makes what is missing, the others wait for it.
+
+    UserError for a folder that is none.
+    """
+    if not pictures.is_dir():
+        raise UserError(
+            f"{pictures} is no folder; --pictures takes one of pictures with captions (NAME.txt beside each)"
+        )
+    raw, encoded, note = out / "raw", out / f"encoded-{side_px}", out / NOTE
+    wanted = {"folder": str(pictures.resolve()), "side_px": side_px, "files": stamp(pictures)}
+    if os.environ.get("RANK", "0") == "0" and _noted(note) != wanted:
+        note.unlink(missing_ok=True)
+        run_script("data_pipeline/ingest.py", "--data", pictures, "--out", raw)
+        where = ("--data", raw, "--components", components, "--res", side_px, "--out", encoded)
+        run_script("data_pipeline/produce.py", *where)
+        write_json(note, wanted)
+    while _noted(note) != wanted:
+        time.sleep(1)
+    return encoded
+
+
+def stamp(folder: Path) -> dict[str, list[int]]:
+    """Size and time of every file of a folder; changes when one of them does."""
+    found = ((p, p.stat()) for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): [s.st_size, s.st_mtime_ns] for p, s in found}
+
+
+def _noted(note: Path) -> dict | None:
+    return json.loads(note.read_text()) if note.exists() else None
