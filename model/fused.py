@@ -6,6 +6,7 @@ LayerNorm with that row as its weights, and head norm and rotation keep nothing 
 Shape legend: L tokens of a stream on this rank, D width, R rows of a modulation table, H heads, K head dim.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,6 +111,14 @@ def _by_run(function: Callable[..., Tensor], runs: tuple[tuple[int, int], ...], 
     pieces = zip(*(s.split(lengths) for s in streams), strict=True)
     out = [function(row, *piece) for (_, row), piece in zip(runs, pieces, strict=True)]
     return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (arXiv 1606.08415). Compiled, by the sigmoid of twice the argument, which is the same and
+    takes a CPU half the time."""
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
+    return F.gelu(x, approximate="tanh")
 
 
 def norm_rotate(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import MMDiTConfig
-from model.fused import EPS, Rows, add_gated, modulate, norm_rotate
+from model.fused import EPS, Rows, add_gated, gelu, modulate, norm_rotate
 from model.ops import Ops
 from model.packing import Pack
 
@@ -59,7 +59,7 @@ class Stream(nn.Module):
 
     def add_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, rows: Rows) -> Tensor:
         """Gated residual of the MLP."""
-        h = F.gelu(self.mlp_in(modulate(x, shift, scale, rows)), approximate="tanh")
+        h = gelu(self.mlp_in(modulate(x, shift, scale, rows)))
         return add_gated(x, self.mlp_out(h), gate, rows)
 
 
