@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,15 @@ def require_same_model(checkpoint: Path, model_config: Any) -> None:
 
 def read_tensors(checkpoint: Path, ema: bool = True) -> "dict[str, Tensor]":
     """Whole weights by name, on the CPU; with `ema` the moving average (fp32) of each weight that has one."""
+    return dict(_read(checkpoint, ema, at_once=True))
+
+
+def each_tensor(checkpoint: Path, ema: bool = True) -> Iterator["tuple[str, Tensor]"]:
+    """What `read_tensors` reads, one in memory at a time."""
+    return _read(checkpoint, ema, at_once=False)
+
+
+def _read(checkpoint: Path, ema: bool, at_once: bool) -> Iterator["tuple[str, Tensor]"]:
     import torch
     import torch.distributed.checkpoint as torch_checkpoint
     from torch.distributed.checkpoint import FileSystemReader
@@ -133,11 +143,12 @@ def read_tensors(checkpoint: Path, ema: bool = True) -> "dict[str, Tensor]":
     stored = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")}
     names = [k.removeprefix("model.") for k in stored if k.startswith("model.")]
     key = {n: f"ema.{n}" if ema and f"ema.{n}" in stored else f"model.{n}" for n in names}
-    tensors = {key[n]: torch.empty(stored[key[n]].size, dtype=stored[key[n]].properties.dtype) for n in names}
-    with warnings.catch_warnings():  # that one process reads alone is meant
-        warnings.simplefilter("ignore")
-        torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
-    return {n: tensors[key[n]] for n in names}
+    for group in [names] if at_once else [[n] for n in names]:
+        tensors = {key[n]: torch.empty(stored[key[n]].size, dtype=stored[key[n]].properties.dtype) for n in group}
+        with warnings.catch_warnings():  # that one process reads alone is meant
+            warnings.simplefilter("ignore")
+            torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+        yield from ((n, tensors[key[n]]) for n in group)
 
 
 def read_weights(source: Path, ema: bool = True) -> "tuple[MMDiTConfig, dict[str, Tensor]]":

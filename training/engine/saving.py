@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from files import write_json
+from model.ops import fill_weight
 from training.ema import MovingAverage
 from training.engine import checkpoint
 from training.engine.device import Layout, megatron_region
+from training.engine.quantized import quantized_layers
 from training.engine.shards import Shards
 
 LEAN_PARAMETERS = 10**9
@@ -122,6 +124,10 @@ class Saving:
         if folder is None:
             raise ValueError(checkpoint.no_checkpoint(source, found))
         checkpoint.require_same_model(folder, self.model_config)
+        if any(quantized_layers(self.model)):  # whole, one after the other: no memory holds the model
+            for name, full in checkpoint.each_tensor(folder, ema):
+                fill_weight(self.model, name, full)
+            return folder
         with megatron_region():
             state = self._weights()
             for name, param in self.model.named_parameters():
