@@ -190,9 +190,6 @@ class QuantizedLinear(nn.Module):
 
         return super()._apply(moved, recurse)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {type(self.format).__name__}"
-
 
 class _Product(torch.autograd.Function):
     """x W^T + bias, which keeps the layer for the backward pass and none of its tensors."""
