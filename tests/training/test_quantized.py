@@ -6,6 +6,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mixed_batch import ADAPTERS, CONFIG, fill, samples, with_adapters
@@ -101,6 +102,20 @@ def test_adapters_train_as_over_the_weights_multiplied_out():
         assert found["error"] < 1e-3, case
         assert found["frozen"] and found["selective"] and found["block"], case
         assert found["kept"] == 0 < found["kept by plain layers"], case
+
+
+def over_ranks(rank: int, cp: int) -> dict[str, np.ndarray]:
+    from training.engine.config import ParallelConfig
+
+    found = gradients(engine_with_adapters(quantize="nf4", parallel=ParallelConfig(cp=cp)))
+    return {name: gradient.numpy() for name, gradient in found.items()}
+
+
+def test_context_parallel_ranks_agree_with_one():
+    (alone,), (first, second) = run_world(1, over_ranks, 1), run_world(2, over_ranks, 2)
+    for name, expected in alone.items():
+        assert np.array_equal(first[name], second[name])
+        assert np.abs(first[name] - expected).max() <= 1e-5 * np.abs(expected).max(), name
 
 
 def against_the_unquantised(rank: int, config: MMDiTConfig) -> dict[str, tuple[float, float]]:

@@ -92,6 +92,57 @@ def test_two_of_the_swapped_blocks_have_room_on_the_device():
     assert found["refused"] == [f"{n} blocks cannot be swapped: the model has {m}" for n, m in ((7, 6), (1, 0))]
 
 
+class Stream:
+    """Notes what is asked of it."""
+
+    def __init__(self, name: str, log: list):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} done")
+        return f"{self.name} {len(self.log)}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+def asked_of_streams(rank: int) -> list[str]:
+    """What is asked of CUDA's streams when the first of three blocks is needed; its memory is the host's here."""
+    from training.engine.config import ParallelConfig
+    from training.engine.device import megatron_region, start
+    from training.engine.quantized import QuantizedOps
+    from training.engine.swap import Swap
+
+    ops, log = QuantizedOps("int8", start(ParallelConfig()), torch.float32), []
+    blocks = [torch.nn.Sequential(ops.column(4, 8)) for _ in range(3)]
+    for i, (layer,) in enumerate(blocks):
+        layer.load_weight(torch.full((8, 4), float(i)))
+    streams = {"side": Stream("side", log), "main": Stream("main", log)}
+    fakes = {
+        "Stream": lambda device: streams["side"],
+        "current_stream": lambda: streams["main"],
+        "stream": lambda stream: mock.MagicMock(),
+    }
+    pinned = mock.patch.object(torch.Tensor, "pin_memory", lambda t: log.append("pinned") or t.clone())
+    with mock.patch.multiple("torch.cuda", **fakes), pinned, megatron_region():
+        Swap(blocks, 3, torch.device("cuda"))
+        assert not blocks[0][0].dequantised(torch.float32).any()
+        assert (blocks[1][0].dequantised(torch.float32) - 1).abs().max() < 0.01
+    return log
+
+
+@needs_torchao
+def test_streams_wait_for_each_other():
+    (log,) = run_world(1, asked_of_streams)
+    assert log[:6] == ["pinned"] * 6
+    first = ["side waits for main", "side done", "main waits for side 8"]
+    ahead = ["side waits for main", "side done", "main waits for side 11", "side waits for main", "side done"]
+    assert log[6:] == first + ahead
+
+
 def test_swapping_needs_a_frozen_base():
     from training.engine.config import EngineConfig
 
