@@ -16,6 +16,7 @@ average) and `optimizer.state.*`, whole and under the model's own names, so that
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -126,15 +127,11 @@ def require_same_model(checkpoint: Path, model_config: Any) -> None:
 
 def read_tensors(checkpoint: Path, ema: bool = True) -> "dict[str, Tensor]":
     """Whole weights by name, on the CPU; with `ema` the moving average (fp32) of each weight that has one."""
-    return dict(_read(checkpoint, ema, at_once=True))
+    return dict(each_tensor(checkpoint, ema, math.inf))
 
 
-def each_tensor(checkpoint: Path, ema: bool = True) -> Iterator["tuple[str, Tensor]"]:
-    """What `read_tensors` reads, one in memory at a time."""
-    return _read(checkpoint, ema, at_once=False)
-
-
-def _read(checkpoint: Path, ema: bool, at_once: bool) -> Iterator["tuple[str, Tensor]"]:
+def each_tensor(checkpoint: Path, ema: bool = True, at_once_bytes: float = 2**28) -> Iterator["tuple[str, Tensor]"]:
+    """What `read_tensors` reads, with no more than `at_once_bytes` of it, or one tensor, in memory."""
     import torch
     import torch.distributed.checkpoint as torch_checkpoint
     from torch.distributed.checkpoint import FileSystemReader
@@ -143,7 +140,16 @@ def _read(checkpoint: Path, ema: bool, at_once: bool) -> Iterator["tuple[str, Te
     stored = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")}
     names = [k.removeprefix("model.") for k in stored if k.startswith("model.")]
     key = {n: f"ema.{n}" if ema and f"ema.{n}" in stored else f"model.{n}" for n in names}
-    for group in [names] if at_once else [[n] for n in names]:
+    groups, used = [[]], 0
+    for name in names:
+        about = stored[key[name]]
+        size = about.size.numel() * about.properties.dtype.itemsize
+        if groups[-1] and used + size > at_once_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    for group in groups:
         tensors = {key[n]: torch.empty(stored[key[n]].size, dtype=stored[key[n]].properties.dtype) for n in group}
         with warnings.catch_warnings():  # that one process reads alone is meant
             warnings.simplefilter("ignore")

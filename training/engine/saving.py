@@ -124,7 +124,7 @@ class Saving:
         if folder is None:
             raise ValueError(checkpoint.no_checkpoint(source, found))
         checkpoint.require_same_model(folder, self.model_config)
-        if any(quantized_layers(self.model)):  # whole, one after the other: no memory holds the model
+        if any(quantized_layers(self.model)):  # whole, a few at a time: no memory holds the model
             for name, full in checkpoint.each_tensor(folder, ema):
                 fill_weight(self.model, name, full)
             return folder
