@@ -11,6 +11,7 @@ Imports no torch, so that `--help` answers at once. An entry is
 import ctypes
 import dataclasses
 import errno
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of what is of no concern here: where torchao is installed, of its kernels for other machines."""
 
 
 class UserError(Exception):
@@ -41,6 +44,8 @@ def run(
     """
     import tyro
 
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         argv, file = _take_config_flag(sys.argv[1:])
         if isinstance(config, type):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.config import LoRAConfig
 from model.mmdit import MMDiT, named_generator
-from model.ops import Ops, full_shape, local_shard
+from model.ops import Ops, full_shape, local_shard, whole_shape
 
 Adapters = dict[str, tuple[Tensor, Tensor]]
 """Layer -> whole (A [rank, in], B [out, rank])."""
@@ -66,9 +66,9 @@ def add_adapters(model: MMDiT, config: LoRAConfig, seed: int = 0) -> list[str]:
     layers = {name: layer for name, layer in layers.items() if name not in _unread(model)}
     model.requires_grad_(False)
     for name, layer in layers.items():
-        out_features, in_features = full_shape(layer.weight)
+        out_features, in_features = whole_shape(model, f"{name}.weight")
         adapter = Adapter(model.ops.adapters, _KIND[name.split(".")[-1]], in_features, out_features, config)
-        layer.lora = adapter.to(layer.weight.device, model.dtype)
+        layer.lora = adapter.to(layer.bias.device, model.dtype)
         layer.register_forward_hook(lambda module, args, output: output + module.lora(args[0]))
     initialize_adapters(model, seed)
     return list(layers)

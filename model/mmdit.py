@@ -14,7 +14,7 @@ import cpu_math  # noqa: F401
 from model.config import MMDiTConfig
 from model.fused import EPS, Rows
 from model.layers import Block, OutputLayer, TimeEmbedding
-from model.ops import Ops, full_shape, local_shard
+from model.ops import Ops, fill_weight, whole_shape
 from model.packing import ModelInputs
 from model.rope import rope_table
 
@@ -100,10 +100,10 @@ class MMDiT(nn.Module):
         Each tensor depends on (seed, its name) alone and every rank takes its slice of the same whole, so a model
         starts alike in every parallel layout. Adapters keep their own initialisation.
         """
-        for name, param in self.named_parameters():
+        for name, _ in self.named_parameters():
             if ".lora." in name:
                 continue
-            shape, generator = full_shape(param), named_generator(seed, name)
+            shape, generator = whole_shape(self, name), named_generator(seed, name)
             if name.endswith("norm.weight"):
                 full = torch.ones(shape)
             elif name.endswith("bias") or ".mod." in name or name.startswith("output."):
@@ -113,7 +113,7 @@ class MMDiT(nn.Module):
             else:
                 bound = (6 / sum(shape)) ** 0.5
                 full = (torch.rand(shape, generator=generator) * 2 - 1) * bound
-            param.copy_(local_shard(param, full))
+            fill_weight(self, name, full)
         return self
 
 

@@ -15,7 +15,10 @@ from model.packing import Pack
 
 
 class Ops:
-    """Single-process layers. Subclasses must keep every signature and the meaning of each method."""
+    """Single-process layers. Subclasses must keep every signature and the meaning of each method.
+
+    A layer may store its weight in another form: it then has `in_features`, `out_features` and `load_weight(full)`.
+    """
 
     shards = 1
     """Pieces that a token stream is cut into (tensor x context parallel ranks with sequence parallelism)."""
@@ -85,3 +88,22 @@ def full_shape(param: Tensor) -> torch.Size:
     """Shape of the whole weight of which `param` is this rank's slice."""
     dim, _, size = getattr(param, "tp_shard", (0, 0, 1))
     return torch.Size(s * size if d == dim else s for d, s in enumerate(param.shape))
+
+
+def whole_shape(model: nn.Module, name: str) -> torch.Size:
+    """Shape of the whole weight called `name`, of which `model` may hold a slice, or another form."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".weight") and hasattr(layer, "load_weight"):
+        return torch.Size((layer.out_features, layer.in_features))
+    return full_shape(model.get_parameter(name))
+
+
+@torch.no_grad()
+def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
+    """Set the weight called `name`, or this rank's slice of it, from the whole. ValueError if the shapes differ."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if name.endswith(".weight") and hasattr(layer, "load_weight"):
+        layer.load_weight(full)
+    else:
+        param = model.get_parameter(name)
+        param.copy_(local_shard(param, full))

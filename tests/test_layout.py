@@ -58,7 +58,12 @@ def test_only_the_engine_knows_megatron():
     for path in SOURCES:
         if "engine" in path.parts or path.name == "line.py":  # the demo's driver only warms imports up
             continue
-        foreign = {i.split(".")[0] for i in imports(path)} & {"megatron", "transformer_engine"}
+        foreign = {i.split(".")[0] for i in imports(path)} & {
+            "megatron",
+            "transformer_engine",
+            "bitsandbytes",
+            "torchao",
+        }
         assert not foreign, f"{name(path)} imports {foreign}"
 
 

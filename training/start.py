@@ -105,6 +105,10 @@ class RunConfig:
             if engine.lora not in (None, source.lora):
                 raise UserError(f"{source.path} holds other adapters ({source.lora}): leave out --lora-*, they go on")
             engine = engine.with_lora(source.lora)
+        if engine.quantize != "none" and engine.lora is None:
+            raise UserError(
+                "--quantize stores weights that stay as they are: give --lora-rank, to train adapters beside"
+            )
         if source.is_ours:
             source = look(source.checkpoint(thorough=False))
         return replace(self, init=source.path, components=Path(components), engine=engine)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.config import MMDiTConfig
 from model.diffusers_io.config import UNSUPPORTED
 from model.diffusers_io.names import from_diffusers, to_diffusers
-from model.ops import local_shard
+from model.ops import fill_weight
 
 WEIGHTS = "diffusion_pytorch_model"
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "vae_video", "processor", "scheduler")
@@ -57,9 +57,9 @@ def load_transformer(folder: Path, model: nn.Module) -> None:
     for name, full in read_weights(folder):
         if name not in missing:
             raise ValueError(f"{folder} holds {to_diffusers(name)}, which this config does not have")
-        param = missing.pop(name)
+        missing.pop(name)
         try:
-            param.copy_(local_shard(param, full))
+            fill_weight(model, name, full)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{folder}: {to_diffusers(name)} does not fit: {error}") from None
     if missing:

@@ -11,13 +11,18 @@ from data_pipeline.sample import EncodedSample
 from model.config import LoRAConfig, MMDiTConfig
 from model.lora import add_adapters
 from model.mmdit import MMDiT
-from model.ops import Ops, full_shape, local_shard
+from model.ops import Ops, fill_weight, whole_shape
 from training.flow_matching import VelocityMSE, per_sample_mean
 from training.randomness import Randomness
 
 CONFIG = MMDiTConfig(
     num_layers=2, num_attention_heads=4, attention_head_dim=16, joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
     zero_cond_t=True,
+)  # fmt: skip
+
+ADAPTERS = LoRAConfig(
+    rank=4, alpha=8,
+    targets=("q", "k", "v", "out", "mlp_in", "mlp_out", "mod", "img_in", "txt_in", "proj", "linear_1", "linear_2"),
 )  # fmt: skip
 
 
@@ -42,8 +47,7 @@ def samples(epoch: int = 0) -> list[EncodedSample]:
 def with_adapters(config: MMDiTConfig, ops: Ops | None = None) -> MMDiT:
     """A frozen model whose every linear layer has an adapter."""
     model = MMDiT(config, ops)
-    targets = ("q", "k", "v", "out", "mlp_in", "mlp_out", "mod", "img_in", "txt_in", "proj", "linear_1", "linear_2")
-    add_adapters(model, LoRAConfig(rank=4, alpha=8, targets=targets))
+    add_adapters(model, ADAPTERS)
     return model
 
 
@@ -57,9 +61,9 @@ def weight(name: str, shape: torch.Size) -> Tensor:
 @torch.no_grad()
 def fill(model: nn.Module) -> nn.Module:
     """Fill a model, or a rank's slice of one, with `weight`; adapters have no biases."""
-    for name, param in model.named_parameters():
+    for name, _ in model.named_parameters():
         if not (".lora." in name and name.endswith("bias")):
-            param.copy_(local_shard(param, weight(name, full_shape(param))))
+            fill_weight(model, name, weight(name, whole_shape(model, name)))
     return model
 
 

@@ -12,7 +12,7 @@ _KEPT = {
         "mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
     )
-} | {"torch_attn::_varlen_attn"}  # fmt: skip
+} | {"torch_attn::_varlen_attn", "bitsandbytes::gemm_4bit"}  # fmt: skip
 """Operators whose results selective recomputation keeps: the expensive ones."""
 
 

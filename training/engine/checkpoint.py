@@ -17,10 +17,12 @@ Where adapters train, their weights alone are there, and state.json has their se
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +143,11 @@ def averaged(checkpoint: Path) -> set[str]:
 
 def read_tensors(checkpoint: Path, ema: bool = True) -> "dict[str, Tensor]":
     """Whole weights by name, on the CPU; with `ema` the moving average (fp32) of each weight that has one."""
+    return dict(each_tensor(checkpoint, ema, math.inf))
+
+
+def each_tensor(checkpoint: Path, ema: bool = True, at_once_bytes: float = 2**28) -> Iterator["tuple[str, Tensor]"]:
+    """What `read_tensors` reads, with no more than `at_once_bytes` of it, or one tensor, in memory."""
     import torch
     import torch.distributed.checkpoint as torch_checkpoint
     from torch.distributed.checkpoint import FileSystemReader
@@ -149,11 +156,21 @@ def read_tensors(checkpoint: Path, ema: bool = True) -> "dict[str, Tensor]":
     stored = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")}
     names = [k.removeprefix("model.") for k in stored if k.startswith("model.")]
     key = {n: f"ema.{n}" if ema and f"ema.{n}" in stored else f"model.{n}" for n in names}
-    tensors = {key[n]: torch.empty(stored[key[n]].size, dtype=stored[key[n]].properties.dtype) for n in names}
-    with warnings.catch_warnings():  # that one process reads alone is meant
-        warnings.simplefilter("ignore")
-        torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
-    return {n: tensors[key[n]] for n in names}
+    groups, used = [[]], 0
+    for name in names:
+        about = stored[key[name]]
+        size = about.size.numel() * about.properties.dtype.itemsize
+        if groups[-1] and used + size > at_once_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    for group in groups:
+        tensors = {key[n]: torch.empty(stored[key[n]].size, dtype=stored[key[n]].properties.dtype) for n in group}
+        with warnings.catch_warnings():  # that one process reads alone is meant
+            warnings.simplefilter("ignore")
+            torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+        yield from ((n, tensors[key[n]]) for n in group)
 
 
 def read_weights(source: Path, ema: bool = True) -> "tuple[MMDiTConfig, dict[str, Tensor]]":

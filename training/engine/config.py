@@ -79,6 +79,11 @@ class EngineConfig:
     recompute: Literal["none", "selective", "block"] = "none"
     """Recompute each block's activations in the backward pass instead of keeping them: selective keeps the results of
     matrix products and attention, and recomputes norms, modulation, rotation and GELU; block recomputes all."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Store the frozen weights of the blocks under adapters in fewer bits: nf4 in four (bitsandbytes), int8 and fp8 in
+    eight (torchao). Needs --tp 1."""
+    swap_blocks: int = 0
+    """So many blocks keep their quantised weights in host memory; two of them at a time are on the device."""
 
     lora_rank: int = 0
     """Train adapters of this rank beside the weights, which stay as they are (LoRA). 0 trains the weights."""
@@ -107,5 +112,7 @@ class EngineConfig:
     def __post_init__(self):
         if self.lora_rank < 0:
             raise ValueError(f"the rank of adapters is positive, or 0 for none, got {self.lora_rank}")
+        if self.swap_blocks < 0 or (self.swap_blocks and self.quantize == "none"):
+            raise ValueError("blocks are swapped with a frozen base only: give --swap-blocks N with --quantize")
         if self.compile and self.recompute == "selective":
             raise ValueError("compiled blocks recompute what is cheap anyway: use recompute none or block with compile")

@@ -28,9 +28,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from files import write_json
 from model.config import LoRAConfig
+from model.ops import fill_weight
 from training.ema import MovingAverage
 from training.engine import checkpoint
 from training.engine.device import Layout, megatron_region
+from training.engine.quantized import quantized_layers
 from training.engine.shards import Shards
 
 LEAN_PARAMETERS = 10**9
@@ -129,6 +131,10 @@ class Saving:
             raise ValueError(checkpoint.no_checkpoint(source, found))
         of_adapters = checkpoint.read_state(folder).get("lora") is not None
         checkpoint.require_same_model(folder, self.model_config, self.lora if of_adapters else None)
+        if not of_adapters and any(quantized_layers(self.model)):  # whole, a few at a time: no memory holds the model
+            for name, full in checkpoint.each_tensor(folder, ema):
+                fill_weight(self.model, name, full)
+            return folder
         averaged = checkpoint.averaged(folder) if ema else set()
         weights = {}
         for name, param in self.model.named_parameters():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.lora import Adapters, add_adapters, initialize_adapters, load_adapters
 from model.mmdit import MMDiT
-from model.ops import Ops, local_shard
+from model.ops import Ops, fill_weight
 from training.algorithm import Algorithm
 from training.ema import ramped
 from training.engine import adam, checkpoint, device, muon
@@ -29,8 +29,10 @@ from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig
 from training.engine.frozen import FrozenPolicies
 from training.engine.ops import MegatronOps
+from training.engine.quantized import QuantizedOps
 from training.engine.saving import Saving
 from training.engine.shards import Shards
+from training.engine.swap import Swap
 from training.randomness import Randomness
 
 COMPILED_QUANTUM = 256
@@ -61,10 +63,13 @@ class Engine:
         self.dp_rank, self.dp_size = layout.dp_rank, layout.dp_size
         dtype = config.dtype if config.dtype != "auto" else "bfloat16" if layout.device.type == "cuda" else "float32"
         self.dtype = DTYPES[dtype]
-        self.ops = MegatronOps(layout, self.dtype, config.attention, COMPILED_QUANTUM if config.compile else 16)
+        self.ops = self._ops()
         self.align = self.ops.align
         with device.megatron_region():
-            self.model = build(model_config, self.ops).to(self.device, self.dtype)
+            self.model = build(model_config, self.ops)
+            if config.swap_blocks:
+                Swap(getattr(self.model, "blocks", ()), config.swap_blocks, self.device)
+            self.model.to(self.device, self.dtype)
             if config.lora is not None:
                 add_adapters(self.model, config.lora)
             prepare_blocks(self.model, config.compile, config.recompute)
@@ -98,14 +103,13 @@ class Engine:
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill all weights but adapters from (name, whole tensor) pairs; ValueError names what is missing or odd."""
-        params = {name: p for name, p in self.model.named_parameters() if ".lora." not in name}
-        seen = set()
+        params, seen = {name for name, _ in self.model.named_parameters() if ".lora." not in name}, set()
         for name, full in weights:
             if name not in params:
                 raise ValueError(f"the model has no weight called {name}")
-            params[name].copy_(local_shard(params[name], full))
+            fill_weight(self.model, name, full)
             seen.add(name)
-        if missing := sorted(set(params) - seen):
+        if missing := sorted(params - seen):
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
         self.weights_changed()
 
@@ -228,6 +232,13 @@ class Engine:
     def close(self) -> None:
         """Take down the process groups."""
         device.stop()
+
+    def _ops(self) -> MegatronOps:
+        config, quantum = self.config, COMPILED_QUANTUM if self.config.compile else 16
+        if config.quantize == "none":
+            return MegatronOps(self.layout, self.dtype, config.attention, quantum)
+        storage = torch.device("cpu") if config.swap_blocks else self.device
+        return QuantizedOps(config.quantize, self.layout, self.dtype, config.attention, quantum, storage)
 
     def _wrap(self) -> tuple[DistributedDataParallel, DistributedOptimizer]:
         settings, bf16 = self.config.optimizer, self.dtype == torch.bfloat16
