@@ -107,7 +107,7 @@ class RunConfig:
             engine = engine.with_lora(source.lora)
         if engine.quantize != "none" and engine.lora is None:
             raise UserError(
-                "--quantize stores weights that stay as they are: give --lora-rank, to train adapters beside"
+                "--quantize stores weights that stay as they are: train adapters beside them, --lora-rank"
             )
         if source.is_ours:
             source = look(source.checkpoint(thorough=False))
