@@ -42,6 +42,7 @@ class Rows:
 
         Not `whole`: the stream is cut later, for which the product is needed.
         """
+        lengths, rows = zip(*((n, row) for n, row in zip(lengths, rows, strict=True) if n), strict=True)
         tail = total - sum(lengths)
         runs: list[tuple[int, int]] = []
         for length, row in [*zip(lengths, rows, strict=True), (tail, rows[-1])]:
@@ -50,7 +51,7 @@ class Rows:
             elif length:
                 runs.append((length, row))
         if whole and like.device.type == "cpu" and len(set(lengths)) == 1 and not tail and total < MIN_RUN * len(runs):
-            in_order = rows == list(range(len(rows)))
+            in_order = rows == tuple(range(len(rows)))
             return cls(like.new_empty(0), None, (None if in_order else torch.tensor(rows), len(rows), lengths[0]))
         index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
         one_hot = torch.zeros(total, n_rows).index_put_((torch.arange(total - tail), index), torch.ones(()))

@@ -106,9 +106,7 @@ class RunConfig:
                 raise UserError(f"{source.path} holds other adapters ({source.lora}): leave out --lora-*, they go on")
             engine = engine.with_lora(source.lora)
         if engine.quantize != "none" and engine.lora is None:
-            raise UserError(
-                "--quantize stores weights that stay as they are: train adapters beside them, --lora-rank"
-            )
+            raise UserError("--quantize stores weights that stay as they are: train adapters beside them, --lora-rank")
         if source.is_ours:
             source = look(source.checkpoint(thorough=False))
         return replace(self, init=source.path, components=Path(components), engine=engine)

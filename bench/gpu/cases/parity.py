@@ -1,50 +1,33 @@
-"""Transformer Engine's layers and the attention backends against torch's: outputs and gradients, and milliseconds.
+"""Transformer Engine's layers and the attention backends against torch's: outputs, gradients, milliseconds.
 
 Every backend sees the same bf16 numbers. The error is relative to the same computation by torch in fp32; a backend
 passes if its error is at most twice that of torch in bf16. What cannot run here is skipped, with the reason.
 """
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-try:
-    from command_line import UserError, run
-except ModuleNotFoundError as missing:
-    raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+import torch
 
+from bench.gpu.measure import here, timed
 
-@dataclass(frozen=True)
-class Config:
-    heads: int = 24
-    head_dim: int = 128
-    lengths: tuple[int, ...] = (7145, 4352, 1280, 300)
-    """Tokens of the segments that attention runs in: 1328, 1024 and 512 px with prompts, and an odd one."""
-    repeats: int = 10
-    tiny: bool = False
-    """Small shapes, on whatever device there is."""
+HEADS, HEAD_DIM, REPEATS = 24, 128, 10
+LENGTHS = (7145, 4352, 1280, 300)
+"""Tokens of the segments that attention runs in: 1328, 1024 and 512 px with prompts, and an odd one."""
 
 
-def main(config: Config) -> None:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if not cuda and not config.tiny:
-        raise UserError("no GPU here; --tiny runs what can run on the CPU")
-    device = torch.device("cuda" if cuda else "cpu")
-    heads, dim, lengths = (2, 16, (40, 24, 7)) if config.tiny else (config.heads, config.head_dim, config.lengths)
+def case(tiny: bool) -> dict:
+    heads, dim, lengths = (2, 16, (40, 24, 7)) if tiny else (HEADS, HEAD_DIM, LENGTHS)
     torch.manual_seed(0)
-    failed = compare("attention", *attention(device, heads, dim, lengths), config)
-    failed += compare("linear", *linear(device, heads * dim, sum(lengths)), config)
-    if failed:
-        raise UserError(f"beyond bf16 error: {', '.join(failed)}")
+    found = compare("attention", *attention(here(), heads, dim, lengths))
+    found |= compare("linear", *linear(here(), heads * dim, sum(lengths)))
+    if failed := [name for name, value in found.items() if value == "beyond bf16 error"]:
+        raise ValueError(f"beyond bf16 error: {', '.join(failed)}; {found}")
+    return found
 
 
 def attention(device, heads: int, dim: int, lengths: tuple[int, ...]) -> tuple:
     """(inputs, {name: function of the inputs, or why there is none})."""
-    import torch
-
     from model.packing import Pack, SampleShape
     from training.engine.ops import attention_backend
 
@@ -64,7 +47,6 @@ def attention(device, heads: int, dim: int, lengths: tuple[int, ...]) -> tuple:
 
 def linear(device, width: int, tokens: int) -> tuple:
     """The same for a layer width -> 4 width."""
-    import torch
     import torch.nn.functional as F
 
     new = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
@@ -79,42 +61,33 @@ def linear(device, width: int, tokens: int) -> tuple:
     return inputs, {"torch": F.linear, "te": engine}
 
 
-def compare(what: str, inputs: tuple, functions: dict, config: Config) -> list[str]:
-    """Print a line a backend; the first is torch's. Returns the names of those that are too far off."""
+def compare(what: str, inputs: tuple, functions: dict) -> dict[str, float | str]:
+    """Of each backend, the first of which is torch's: its largest error and milliseconds, or why it was skipped."""
     reference, direction = next(iter(functions.values())), None
-    exact, failed, allowed = [], [], []
+    exact, allowed, found = [], [], {}
     for name, function in {"fp32": reference, **functions}.items():
         if isinstance(function, str):
-            print(f"{what:10} {name:6} skipped: {function}")
+            found[f"{what} {name}"] = f"skipped: {function}"
             continue
         given = [x.float() if name == "fp32" else x for x in inputs]
-        results, _ = run_once(function, given, direction)
+        results = run_once(function, given, direction)
         if name == "fp32":
             exact, direction = results, results[0]
             continue
         errors = [((r.float() - e).norm() / e.norm()).item() for r, e in zip(results, exact, strict=True)]
         allowed = allowed or [2 * e for e in errors]
         if any(e > a for e, a in zip(errors, allowed, strict=True)):
-            failed.append(f"{what} {name}")
-        ms = 1e3 * statistics.median(run_once(function, given, direction)[1] for _ in range(config.repeats))
-        written = " ".join(f"{e:.1e}" for e in errors)
-        print(f"{what:10} {name:6} {ms:9.2f} ms   errors of output, gradients: {written}")
-    return failed
+            found[f"{what} {name}"] = "beyond bf16 error"
+            continue
+        work = lambda f=function, g=given, d=direction: run_once(f, g, d)  # noqa: E731
+        found[f"{what} {name} ms"] = 1e3 * statistics.median(timed(work)[0] for _ in range(REPEATS))
+        found[f"{what} {name} error"] = max(errors)
+    return found
 
 
-def run_once(function: Callable, given: list, direction) -> tuple[list, float]:
-    """([output, gradients of the inputs], seconds); `direction` is the output's gradient (default: the output)."""
-    import torch
-
+def run_once(function: Callable, given: list, direction) -> list:
+    """[output, gradients of the inputs]; `direction` is the output's gradient (default: the output)."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
-    synchronize = torch.cuda.synchronize if leaves[0].is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
     out = function(*leaves)
     out.backward((out if direction is None else direction).detach().to(out.dtype))
-    synchronize()
-    return [out.detach(), *(x.grad for x in leaves)], time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    run(main, Config)
+    return [out.detach(), *(x.grad for x in leaves)]
