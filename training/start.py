@@ -10,6 +10,7 @@ Imports no torch at the top, for `--help`.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,9 +22,11 @@ import tyro
 from command_line import UserError, flag, load_named, run
 from files import hash_files, write_json
 from model.config import PRESETS, MMDiTConfig
+from training.cost.step import Work
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
-from training.source import BASE, TOY_PARAMETERS, Source, look
+from training.plan import before_a_run, plan, prompt_tokens
+from training.source import BASE, LARGE_PARAMETERS, TOY_PARAMETERS, Source, look
 
 if TYPE_CHECKING:
     from model.sampling.draw import Request
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
 
 NOTE = "init.json"
 """File of a run that says what it started from."""
-LARGE_PARAMETERS = 4 * 10**9
-"""From here on, weights and their gradients are split over four tensor-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class RunConfig:
     """Run so many times, with --seed and the numbers after it, into OUT/seed-N, and compare."""
     dry_run: bool = False
     """Print the plan, do nothing."""
+    gpu: str | None = None
+    """What to plan for, as in 8xH100 (A100, H100, H200, B200, RTX4090, RTX3090). Default: what is in this machine."""
 
     NAME: ClassVar[str] = "posttrain"
     MEASURES_FIRST: ClassVar[bool] = True
@@ -108,9 +111,14 @@ class RunConfig:
         """Side of the square whose area the run's pictures have; validation draws at it."""
         return picture_side(None, self.init)
 
+    def work(self) -> Work:
+        """What a step asks of the model; by default one microbatch for each of eight processes."""
+        img, txt = (self.side_px() // 16) ** 2, prompt_tokens(self.model)
+        return Work(8 * max(1, self.max_tokens // (img + txt)), img, txt)
+
     def plan(self) -> str:
         """What `--dry-run` prints."""
-        return self.summary()
+        return plan(self)
 
     def summary(self) -> str:
         """What a run says first, in a line."""
@@ -195,6 +203,9 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
     from training.studio import Studio
 
     noted = _noted(config.out)
+    foreseen = before_a_run(config) if os.environ.get("RANK", "0") == "0" else None
+    if foreseen is not None:
+        print(foreseen, flush=True)
     engine = Engine(config.model, config.engine, config.loop.steps)
     trainer = kind(config, Studio(engine, config.components, config.max_tokens))  # refuses before anything is written
     run_folder = RunFolder(config.out, config, writes=engine.rank == 0)

@@ -1,0 +1,326 @@
+"""The plan's figures against what torch, Megatron and others' models count."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from worlds import run_world
+
+from command_line import UserError
+from model.config import PRESETS, LoRAConfig, MMDiTConfig
+from model.lora import add_adapters
+from model.mmdit import MMDiT
+from model.packing import ModelInputs, pack_inputs
+from training.cost.activations import Microbatch, Place, kept
+from training.cost.cards import CARDS, GIB, named
+from training.cost.step import Setting, Work, component_bytes, memory, sample_flops
+from training.cost.weights import Weights
+from training.engine.blocks import prepare_blocks
+from training.engine.config import EngineConfig, ParallelConfig
+from training.plan import MARGIN, layouts, plan, setting_of
+from training.source import BASE
+
+NARROW = MMDiTConfig(
+    num_layers=3, num_attention_heads=2, attention_head_dim=32, joint_attention_dim=32, axes_dims_rope=(8, 12, 12)
+)
+WIDE = MMDiTConfig(
+    num_layers=4, num_attention_heads=6, attention_head_dim=48, joint_attention_dim=64, axes_dims_rope=(8, 20, 20)
+)
+ADAPTERS = {
+    "none": None,
+    "attention": LoRAConfig(rank=8),
+    "all": LoRAConfig(rank=4, targets=("q", "k", "v", "out", "mlp_in", "mlp_out", "mod")),
+}
+HUB = Path("Qwen/Qwen-Image")
+
+
+class Alive(TorchDispatchMode):
+    """Bytes that operations have made and something still holds, and the most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.old: set[int] = set()
+        self.peak = 0
+
+    def without(self, *tensors: Tensor) -> "Alive":
+        self.kept = tensors
+        self.old |= {t.untyped_storage()._cdata for t in tensors}
+        return self
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.old:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.bytes())
+        return out
+
+    def bytes(self) -> int:
+        self.storages = {at: held for at, held in self.storages.items() if not held[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+
+def packed(batch: Microbatch, config: MMDiTConfig, alike: bool) -> ModelInputs:
+    """Inputs of a microbatch; not `alike`, its pictures have as many tokens in other shapes, so that none is padded."""
+    sides = [next(h for h in range(2 + i * (not alike), 99) if batch.img % h == 0) for i in range(batch.samples)]
+    latents = [torch.randn(config.out_channels, 1, 2 * h, 2 * batch.img // h) for h in sides]
+    texts = [torch.randn(batch.txt, config.joint_attention_dim) for _ in latents]
+    return pack_inputs(latents, texts, torch.linspace(0.2, 0.8, batch.samples))
+
+
+def built(config: MMDiTConfig, dtype: torch.dtype, lora: LoRAConfig | None, recompute: str = "none") -> MMDiT:
+    model = MMDiT(config).initialize(0).to(dtype)
+    if lora is not None:
+        add_adapters(model, lora)
+    prepare_blocks(model, False, recompute)
+    return model
+
+
+def held_after_forward(model: torch.nn.Module, inputs: ModelInputs, *old: Tensor) -> int:
+    """Bytes that a forward pass leaves behind, its result and what is made once and for all apart."""
+    with torch.no_grad():
+        model(inputs)
+    with Alive().without(*model.parameters(), *old, inputs.img, inputs.txt, inputs.sigma) as alive:
+        out = model(inputs)
+    return alive.bytes() - out.nbytes
+
+
+CASES = {  # what CUDA does with long samples, with short ones; what a CPU does with samples that are alike
+    "long": (Microbatch(2, 264, 132), False, "cuda"),
+    "longer than products": (Microbatch(2, 2160, 144), False, "cuda"),
+    "short": (Microbatch(5, 60, 25), False, "cuda"),
+    "one": (Microbatch(1, 512, 128), True, "cpu"),
+    "alike": (Microbatch(6, 64, 24), True, "cpu"),
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [NARROW, WIDE])
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_those_that_torch_keeps(case: str, config: MMDiTConfig, dtype: torch.dtype, recompute: str):
+    batch, alike, device = CASES[case]
+    if case == "longer than products":
+        config = replace(config, num_layers=2)
+    if device == "cuda" and dtype == torch.bfloat16 and batch.img <= 2048:
+        pytest.skip("a CPU multiplies attention out in bf16; CUDA does as the CPU in fp32")
+    model, inputs = built(config, dtype, None, recompute), packed(batch, config, alike)
+    counted = kept(Weights(config), batch, Place(device, dtype.itemsize), recompute)
+    assert counted.forward == pytest.approx(held_after_forward(model, inputs), rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("case", ["long", "alike"])
+def test_activations_are_those_that_autograd_saves(case: str, recompute: str):
+    batch, alike, device = CASES[case]
+    model, inputs, saved = built(WIDE, torch.float32, None, recompute), packed(batch, WIDE, alike), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs)
+    found = sum(t.untyped_storage().nbytes() for t in saved.values())
+    assert kept(Weights(WIDE), batch, Place(device, 4), recompute).forward == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("case", ["long", "short", "alike"])
+@pytest.mark.parametrize("adapters", ["attention", "all"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_activations_under_adapters(case: str, adapters: str, recompute: str):
+    (batch, alike, device), lora = CASES[case], ADAPTERS[adapters]
+    model, inputs = built(WIDE, torch.float32, lora, recompute), packed(batch, WIDE, alike)
+    counted = kept(Weights(WIDE, lora), batch, Place(device, 4), recompute)
+    assert counted.forward == pytest.approx(held_after_forward(model, inputs), rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_a_backward_pass_takes_no_more_than_counted(recompute: str):
+    batch, alike, device = CASES["long"]
+    model, inputs = built(replace(WIDE, num_layers=8), torch.float32, None, recompute), packed(batch, WIDE, alike)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in model.parameters()]
+    held_after_forward(model, inputs)  # what is made once
+    with Alive().without(*model.parameters(), *grads, inputs.img, inputs.txt, inputs.sigma) as alive:
+        model(inputs).square().mean().backward()
+    counted = kept(Weights(model.config), batch, Place(device, 4), recompute)
+    assert 0.85 * counted.peak < alive.peak < 1.02 * counted.peak
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_parameters_are_those_of_the_model(adapters: str):
+    model = built(WIDE, torch.float32, ADAPTERS[adapters])
+    params = {n: p for n, p in model.named_parameters() if not (".lora." in n and n.endswith("bias"))}  # zero, frozen
+    weights = Weights(WIDE, ADAPTERS[adapters])
+    assert weights.number() == sum(p.numel() for p in params.values())
+    assert weights.trained() == sum(p.numel() for p in params.values() if p.requires_grad)
+    assert Weights(WIDE).number() == WIDE.num_parameters
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_flops_are_those_that_torch_counts(adapters: str):
+    model, batch = built(WIDE, torch.float32, ADAPTERS[adapters]), Microbatch(1, 264, 144)
+    found = []
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            out = model(packed(batch, WIDE, True))
+        found.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        found.append(counter.get_total_flops())
+    forward, backward, _ = sample_flops(Weights(WIDE, ADAPTERS[adapters]), batch.img, batch.txt)
+    assert [forward, backward] == pytest.approx(found, rel=0.005)
+
+
+def measured(rank: int, parallel: ParallelConfig, dtype: str, batch: Microbatch) -> dict[str, float]:
+    """Bytes that an engine holds, and that a forward pass of it leaves behind."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
+    from training.engine.step import Engine
+    from training.flow_matching import VelocityMSE
+    from training.randomness import Randomness
+
+    engine = Engine(WIDE, EngineConfig(parallel=parallel, dtype=dtype))
+    engine.initialize(0)
+    inputs = packed(batch, WIDE, False)
+    with torch.no_grad():
+        engine.model(inputs)
+    buffers = get_global_memory_buffer().buffer.values()
+    activations = held_after_forward(engine.model, inputs, *buffers)
+    (samples, rng), optimizer = (some_samples(), Randomness(0)), engine.optimizer.optimizer
+    engine.step(VelocityMSE(), [samples], rng)
+    params = list(engine.model.parameters())
+    masters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {p.untyped_storage().data_ptr() for p in params}
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    states += [m for m in masters if m.untyped_storage().data_ptr() not in own]
+    return {
+        "weights": sum(p.nbytes for p in params),
+        "gradients": sum(p.main_grad.nbytes for p in params if p.requires_grad),
+        "optimizer": sum(t.nbytes for t in states),
+        "moving averages": sum(t.nbytes for t in engine.frozen.averages["ema"].average.values()),
+        "activations": activations,
+    }
+
+
+def some_samples() -> list:
+    from data_pipeline.sample import EncodedSample
+
+    return [EncodedSample(f"{i}", torch.randn(16, 1, 8, 8), torch.randn(8, 64)) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    "parallel, dtype", [(ParallelConfig(tp=2, sp=True), "float32"), (ParallelConfig(cp=2), "bfloat16")]
+)
+def test_a_rank_holds_what_is_counted(parallel: ParallelConfig, dtype: str):
+    batch = Microbatch(2, 320, 160)
+    work = Work(2, batch.img, batch.txt)
+    setting = Setting(WIDE, EngineConfig(parallel=parallel, dtype=dtype), work, 2, 10**4, "cpu", (0.0, 0.0))
+    counted = memory(setting)
+    place = Place("cpu", 4, parallel) if dtype == "float32" else Place("cuda", 2, parallel)
+    activations = kept(Weights(WIDE), batch, place).forward
+    ranks = run_world(2, measured, parallel, dtype, batch)
+    for name in ("weights", "gradients"):
+        assert counted.always[name] == pytest.approx(ranks[0][name], rel=1e-6), name
+    for name in ("optimizer", "moving averages"):  # slices are equal but for padding
+        assert counted.always[name] * 2 == pytest.approx(sum(found[name] for found in ranks), rel=1e-3), name
+    assert activations == pytest.approx(ranks[0]["activations"], rel=0.1)
+
+
+def trainers() -> dict[str, tuple[type, dict]]:
+    from posttrain import dpo, flow_grpo, nft, sft
+
+    size = {"size_px": 1024}
+    return {"sft": (sft.Config, {}), "dpo": (dpo.Config, size), "flow_grpo": (flow_grpo.Config, size),
+            "nft": (nft.Config, size)}  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", ["8xH100", "8xA100"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "flow_grpo", "nft"])
+def test_the_recipe_of_the_large_model_fits_eight_gpus_of_80_gb(name: str, gpu: str, monkeypatch):
+    kind, size = trainers()[name]
+    config = replace(kind.recipe(PRESETS["qwen-image"]), init=HUB, components=HUB, gpu=gpu, **size)
+    monkeypatch.setattr(type(config), "model", PRESETS["qwen-image"])
+    monkeypatch.setattr(type(config), "side_px", lambda self: 1024)
+    number, card = named(gpu)
+    setting = setting_of(config, number, card)
+    assert memory(setting).total < (1 - MARGIN) * card.gib * GIB
+    assert not setting.engine.parallel.tp > 8 and setting.components[0] > 15e9
+    told = plan(config).splitlines()
+    assert len(told) <= 25 and "does not fit" not in "".join(told)
+    assert max(map(len, told)) <= 120
+
+
+def setting(world: int, card: str, **engine) -> tuple[Setting, object]:
+    config = EngineConfig(**engine)
+    made = Setting(PRESETS["qwen-image"], config, Work(512, 4096, 256), world, 16384)
+    return made, CARDS[card]
+
+
+def test_layouts_fit_and_the_fastest_comes_first():
+    from training.cost.step import seconds
+
+    given, card = setting(8, "H100")
+    found = list(layouts(given, card))
+    assert found and all(memory(s).total <= (1 - MARGIN) * card.gib * GIB for s in found)
+    times = [sum(seconds(s, card).values()) for s in found]
+    assert times == sorted(times)
+    more, roomy = setting(8, "H200")
+    assert len(list(layouts(more, roomy))) > len(found)
+
+
+def test_one_small_card_is_told_what_would_do(monkeypatch: pytest.MonkeyPatch):
+    from training.plan import remedies
+
+    given, card = setting(8, "RTX4090")
+    assert not list(layouts(given, card))
+    assert any(" x RTX4090" in remedy for remedy in remedies(given, card))
+
+
+def test_more_processes_share_the_memory():
+    def total(world: int) -> float:
+        given, _ = setting(world, "H100", parallel=ParallelConfig(tp=4, sp=True))
+        return memory(given).total
+
+    assert total(4) > total(16) > total(128)
+    with pytest.raises(ValueError, match="6 processes do not divide over tp 4"):
+        total(6)
+
+
+@pytest.mark.parametrize("gpu, found", [("8xH100", (8, "H100")), ("b200", (1, "B200"))])
+def test_cards_by_name(gpu: str, found: tuple[int, str]):
+    number, card = named(gpu)
+    assert (number, card.name) == found
+
+
+@pytest.mark.parametrize("gpu", ["0xH100", "H1000", "eight H100", "8x"])
+def test_cards_that_are_none(gpu: str):
+    with pytest.raises(UserError, match="8xH100"):
+        named(gpu)
+
+
+def test_the_bytes_of_components_are_those_of_their_networks():
+    from diffusers import AutoencoderKLQwenImage
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    from model.conditioner import Conditioner
+    from vae.autoencoder import VAE
+
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    encoder, vae = Conditioner.from_folder(BASE).text_encoder, VAE.from_folder(BASE)
+    assert component_bytes(BASE, 4) == (4 * count(encoder), 4 * count(vae))
+    with torch.device("meta"):
+        published = Qwen2_5_VLModel(Qwen2_5_VLConfig()), AutoencoderKLQwenImage()
+    assert component_bytes(HUB, 2) == tuple(2 * count(module) for module in published)
