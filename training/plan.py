@@ -2,14 +2,15 @@
 
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from model.config import LoRAConfig, MMDiTConfig
 from training.cost.cards import CARDS, GIB, NODE, Card, in_this_machine, named
-from training.cost.step import LINK_USE, MFU, Setting, Work, component_bytes, flops, memory, seconds, traffic
+from training.cost.step import LINK_USE, MFU, Setting, Work, component_bytes, fits, flops, memory, seconds, traffic
 from training.engine.config import EngineConfig, ParallelConfig
 from training.loop import LoopConfig
 from training.source import LARGE_PARAMETERS, TOY_PARAMETERS
@@ -45,12 +46,20 @@ def prompt_tokens(model: MMDiTConfig) -> int:
 
 
 def plan(config: Planned) -> str:
-    """The lines that `--dry-run` prints. ValueError if the processes do not divide into the layout."""
+    """The lines that `--dry-run` prints; of processes that do not divide into the layout, the layouts that would do.
+
+    ValueError for such processes on CPUs.
+    """
     world, card = machine(config)
-    setting = setting_of(config, world, card)
-    return "\n".join([config.summary(), *_step(setting, config.loop.steps, card), *_memory(setting, card)] + (
-        [] if card is None else _layouts(setting, card)
-    ))  # fmt: skip
+    try:
+        setting = setting_of(config, world, card)
+    except ValueError as error:
+        if card is None:
+            raise
+        unsplit = replace(config, engine=replace(config.engine, parallel=ParallelConfig()))
+        return "\n".join([f"{error}; what would do:", *_layouts(setting_of(unsplit, world, card), card)])
+    lines = [*textwrap.wrap(config.summary(), 116), *_step(setting, config.loop.steps, card), *_memory(setting, card)]
+    return "\n".join(lines if card is None else lines + _layouts(setting, card))
 
 
 def before_a_run(config: Planned) -> str | None:
@@ -62,18 +71,17 @@ def before_a_run(config: Planned) -> str | None:
     if here is None:
         return None
     world, card = int(os.environ.get("WORLD_SIZE", 1)), here[1]
+    if world % (config.engine.parallel.tp * config.engine.parallel.cp):
+        return None  # the engine refuses
     setting = setting_of(config, world, card)
     needed = memory(setting)
-    line = (
-        f"memory a GPU, by count: {needed.total / GIB:.1f} GiB of {card.gib:.1f}, at its fullest while {needed.fullest}"
-    )
+    most = f"{needed.total / GIB:.1f} GiB of {card.gib:.1f}"
+    line = f"memory a GPU, counted: {most}, at its fullest while {needed.fullest}"
     if needed.total <= card.gib * GIB:
         return line
-    best = next(iter(layouts(setting, card)), None)
-    instead = (
-        "; ".join(remedies(setting, card)) if best is None else f"{_flags(best)} ({memory(best).total / GIB:.1f} GiB)"
-    )
-    return f"{line}: TOO MUCH. Would fit: {instead or 'nothing that plans know'}"
+    best = next(layouts(setting, card), None)
+    would = [_flags(best)] if best is not None else remedies(setting, card)
+    return f"{line}: TOO MUCH. Would fit: {'; '.join(would) or 'nothing that plans know'}"
 
 
 def machine(config: Planned) -> tuple[int, Card | None]:
@@ -101,7 +109,7 @@ def layouts(setting: Setting, card: Card) -> Iterator[Setting]:
     """The ways to split a step over these GPUs that fit, fastest first; of each split the fastest way to keep less."""
     fitting: dict[Any, tuple[float, Setting]] = {}
     for other in _variants(setting):
-        if memory(other).total > (1 - MARGIN) * card.gib * GIB:
+        if not fits(other, card, MARGIN):
             continue
         key, time = (other.engine.parallel, other.weights.quantize), sum(seconds(other, card).values())
         if key not in fitting or time < fitting[key][0]:
@@ -163,57 +171,61 @@ def _flags(setting: Setting) -> str:
 
 
 def _step(setting: Setting, steps: int, card: Card | None) -> list[str]:
-    work, parallel, w = setting.work, setting.engine.parallel, setting.weights
-    counted, where = flops(setting), "CPU processes" if card is None else f"x {card.name}"
+    work, w, counted = setting.work, setting.weights, flops(setting)
+    where = ("process" if setting.world == 1 else "processes") if card is None else f"x {card.name}"
+    parallel = setting.engine.parallel
     split = f"tp {parallel.tp}{' with sp' if setting.place.sp else ''} x cp {parallel.cp} x dp {setting.dp}"
     lines = [
         ("layout", f"{setting.world} {where} = {split}, microbatches of {setting.batch.samples} {work.unit}"),
         ("trained", f"{w.trained():,.0f} of {w.number():,.0f} parameters"),
         ("a step", f"{work.samples:,} {work.unit} of {work.img} image + about {work.txt} text tokens; {steps:,} steps"),
-        ("FLOPs", f"{counted.total():.3g} a step = {_sum(counted, counted.total() / 100, '{:.0f} %')}"),
+        ("FLOPs", f"{counted.total():.3g} a step: {_sum(counted, counted.total() / 100, ' %')}"),
     ]
     if card is not None:
         times, sent = seconds(setting, card), traffic(setting)
+        rate, links = f"{MFU:.0%} of the GPU's bf16 rate", f"{LINK_USE:.0%} of its links' and memory's"
+        if setting.world > 1:
+            lines.append(("sent", f"{_number(sent.total() / GIB)} GiB a GPU and step: {_sum(sent, GIB)}"))
         lines += [
-            ("sent", f"{sent.total() / GIB:.1f} GiB a GPU and step = {_sum(sent, GIB, '{:.1f}')}"),
-            ("time", f"{sum(times.values()):.3g} s a step = {_sum(times, 1, '{:.2g}')}; {_assumed()}"),
+            ("time", f"{_number(sum(times.values()))} s a step: {_sum(times, 1)}"),
+            ("", f"assumed, not measured: {rate}, {links}"),
         ]
     return _aligned(lines)
 
 
-def _assumed() -> str:
-    return f"assumed, not measured: {MFU:.0%} of the GPU's bf16 rate, {LINK_USE:.0%} of its links' and memory's"
-
-
 def _memory(setting: Setting, card: Card | None) -> list[str]:
     needed = memory(setting)
-    room = "" if card is None else f" of {card.gib:.1f}"
-    verdict = (
-        ""
-        if card is None or needed.total <= (1 - MARGIN) * card.gib * GIB
-        else f": does not fit with {MARGIN:.0%} free"
-    )
     unit, scale = ("GiB", GIB) if needed.total >= GIB else ("MiB", 2**20)
-    total = f"{needed.total / scale:.1f} {unit}{room} a process at its fullest, while {needed.fullest}{verdict}"
-    return _aligned([("memory", total), ("", _sum(needed.parts, scale, "{:.1f}"))])
-
-
-def _sum(parts: Any, scale: float, form: str) -> str:
-    return " + ".join(f"{form.format(value / scale)} {name}" for name, value in parts.items() if value)
-
-
-def _aligned(lines: list[tuple[str, str]]) -> list[str]:
-    wrapped = [(name, textwrap.wrap(text, 108)) for name, text in lines]
-    return [f"{name if i == 0 else '':8}  {text}" for name, texts in wrapped for i, text in enumerate(texts)]
+    total = f"{needed.total / scale:.1f} {unit}"
+    if card is not None:
+        total += f" of {card.gib:.1f}"
+    total += f" a process at its fullest, while {needed.fullest}"
+    if card is not None and not fits(setting, card, MARGIN):
+        total += f": does not fit with {MARGIN:.0%} free"
+    return _aligned([("memory", total), ("", _sum(needed.parts, scale))])
 
 
 def _layouts(setting: Setting, card: Card) -> list[str]:
-    rows = [other for other, _ in zip(layouts(setting, card), range(ROWS), strict=False)]
+    rows = list(islice(layouts(setting, card), ROWS))
     if not rows:
-        would = "; ".join(remedies(setting, card))
-        return [f"no layout fits on {setting.world} x {card.name}" + (f". Would fit: {would}" if would else "")]
-    found = [f"layouts that leave {MARGIN:.0%} of the memory free, by predicted seconds a step:"]
-    return found + [
-        f"  {sum(seconds(s, card).values()):8.3g} s  {memory(s).total / GIB:6.1f} GiB  dp {s.dp:<3} {_flags(s)}"
-        for s in rows
+        would = "; ".join(remedies(setting, card)) or "nothing that plans know"
+        return [f"no layout fits on {setting.world} x {card.name}. Would fit: {would}"]
+    head = f"layouts that leave {MARGIN:.0%} of the memory free, by predicted seconds a step:"
+    times = [_number(sum(seconds(s, card).values())) for s in rows]
+    return [head] + [
+        f"  {time:>7} s {memory(s).total / GIB:6.1f} GiB  dp {s.dp:<3} {_flags(s)}"
+        for s, time in zip(rows, times, strict=True)
     ]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _sum(parts: Mapping[str, float], scale: float, unit: str = "") -> str:
+    return " + ".join(f"{_number(value / scale)}{unit} {name}" for name, value in parts.items() if value)
+
+
+def _aligned(lines: list[tuple[str, str]]) -> list[str]:
+    wrapped = [(name, textwrap.wrap(text, 106)) for name, text in lines]
+    return [f"{name if i == 0 else '':8}  {text}" for name, texts in wrapped for i, text in enumerate(texts)]

@@ -80,7 +80,9 @@ class RunConfig:
         config = replace(cls(), out=Path(f"runs/{cls.NAME}"))
         if model.num_parameters < LARGE_PARAMETERS:
             return config
-        return replace(config, engine=replace(config.engine, parallel=ParallelConfig(tp=4, sp=True)))
+        return replace(
+            config, engine=replace(config.engine, parallel=ParallelConfig(tp=8, sp=True), average_on_host=True)
+        )
 
     @classmethod
     def defaults(cls, argv: list[str]) -> Self:

@@ -1,5 +1,6 @@
 """The plan's figures against what torch, Megatron and others' models count."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from model.mmdit import MMDiT
 from model.packing import ModelInputs, pack_inputs
 from training.cost.activations import Microbatch, Place, kept
 from training.cost.cards import CARDS, GIB, named
-from training.cost.step import Setting, Work, component_bytes, memory, sample_flops
+from training.cost.step import Setting, Work, component_bytes, memory, sample_flops, seconds
 from training.cost.weights import Weights
 from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig, ParallelConfig
-from training.plan import MARGIN, layouts, plan, setting_of
+from training.plan import MARGIN, layouts, plan, remedies, setting_of
 from training.source import BASE
 
 NARROW = MMDiTConfig(
@@ -41,18 +42,12 @@ HUB = Path("Qwen/Qwen-Image")
 
 
 class Alive(TorchDispatchMode):
-    """Bytes that operations have made and something still holds, and the most at any time."""
+    """What operations have made and something still holds, tensors of `old` apart; with `peaks`, the most at a time."""
 
-    def __init__(self):
+    def __init__(self, old: Iterable[Tensor], peaks: bool = False):
         super().__init__()
+        self.old, self.peaks, self.peak = {t.untyped_storage()._cdata: t for t in old}, peaks, 0
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.old: set[int] = set()
-        self.peak = 0
-
-    def without(self, *tensors: Tensor) -> "Alive":
-        self.kept = tensors
-        self.old |= {t.untyped_storage()._cdata for t in tensors}
-        return self
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -60,7 +55,8 @@ class Alive(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.old:
                 storage = tensor.untyped_storage()
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.bytes())
+        if self.peaks:
+            self.peak = max(self.peak, self.bytes())
         return out
 
     def bytes(self) -> int:
@@ -69,9 +65,10 @@ class Alive(TorchDispatchMode):
 
 
 def packed(batch: Microbatch, config: MMDiTConfig, alike: bool) -> ModelInputs:
-    """Inputs of a microbatch; not `alike`, its pictures have as many tokens in other shapes, so that none is padded."""
-    sides = [next(h for h in range(2 + i * (not alike), 99) if batch.img % h == 0) for i in range(batch.samples)]
-    latents = [torch.randn(config.out_channels, 1, 2 * h, 2 * batch.img // h) for h in sides]
+    """Inputs of a microbatch. Not `alike`, one picture has 12 tokens more than another: none is padded then."""
+    more = [0] * batch.samples if alike else [12, -12, *[0] * (batch.samples - 2)]
+    sides = [2 * ((batch.img + m) // 4) for m in more]
+    latents = [torch.randn(config.out_channels, 1, 8, side) for side in sides]
     texts = [torch.randn(batch.txt, config.joint_attention_dim) for _ in latents]
     return pack_inputs(latents, texts, torch.linspace(0.2, 0.8, batch.samples))
 
@@ -88,7 +85,7 @@ def held_after_forward(model: torch.nn.Module, inputs: ModelInputs, *old: Tensor
     """Bytes that a forward pass leaves behind, its result and what is made once and for all apart."""
     with torch.no_grad():
         model(inputs)
-    with Alive().without(*model.parameters(), *old, inputs.img, inputs.txt, inputs.sigma) as alive:
+    with Alive([*model.parameters(), *old, inputs.img, inputs.txt, inputs.sigma]) as alive:
         out = model(inputs)
     return alive.bytes() - out.nbytes
 
@@ -148,15 +145,15 @@ def test_activations_under_adapters(case: str, adapters: str, recompute: str):
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 def test_a_backward_pass_takes_no_more_than_counted(recompute: str):
     batch, alike, device = CASES["long"]
-    model, inputs = built(replace(WIDE, num_layers=8), torch.float32, None, recompute), packed(batch, WIDE, alike)
+    model, inputs = built(WIDE, torch.float32, None, recompute), packed(batch, WIDE, alike)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     grads = [p.grad for p in model.parameters()]
     held_after_forward(model, inputs)  # what is made once
-    with Alive().without(*model.parameters(), *grads, inputs.img, inputs.txt, inputs.sigma) as alive:
+    with Alive([*model.parameters(), *grads, inputs.img, inputs.txt, inputs.sigma], peaks=True) as alive:
         model(inputs).square().mean().backward()
     counted = kept(Weights(model.config), batch, Place(device, 4), recompute)
-    assert 0.85 * counted.peak < alive.peak < 1.02 * counted.peak
+    assert 0.9 * counted.peak < alive.peak < 1.01 * counted.peak
 
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
@@ -171,7 +168,7 @@ def test_parameters_are_those_of_the_model(adapters: str):
 
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_flops_are_those_that_torch_counts(adapters: str):
-    model, batch = built(WIDE, torch.float32, ADAPTERS[adapters]), Microbatch(1, 264, 144)
+    model, batch = built(WIDE, torch.float32, ADAPTERS[adapters]), Microbatch(1, 256, 144)
     found = []
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
@@ -257,7 +254,7 @@ def test_the_recipe_of_the_large_model_fits_eight_gpus_of_80_gb(name: str, gpu: 
     number, card = named(gpu)
     setting = setting_of(config, number, card)
     assert memory(setting).total < (1 - MARGIN) * card.gib * GIB
-    assert not setting.engine.parallel.tp > 8 and setting.components[0] > 15e9
+    assert setting.components[0] > 15e9  # the text encoder is there
     told = plan(config).splitlines()
     assert len(told) <= 25 and "does not fit" not in "".join(told)
     assert max(map(len, told)) <= 120
@@ -270,8 +267,6 @@ def setting(world: int, card: str, **engine) -> tuple[Setting, object]:
 
 
 def test_layouts_fit_and_the_fastest_comes_first():
-    from training.cost.step import seconds
-
     given, card = setting(8, "H100")
     found = list(layouts(given, card))
     assert found and all(memory(s).total <= (1 - MARGIN) * card.gib * GIB for s in found)
@@ -281,12 +276,10 @@ def test_layouts_fit_and_the_fastest_comes_first():
     assert len(list(layouts(more, roomy))) > len(found)
 
 
-def test_one_small_card_is_told_what_would_do(monkeypatch: pytest.MonkeyPatch):
-    from training.plan import remedies
-
-    given, card = setting(8, "RTX4090")
+def test_what_fits_in_no_layout_is_told_what_would_do():
+    given, card = setting(2, "H100")
     assert not list(layouts(given, card))
-    assert any(" x RTX4090" in remedy for remedy in remedies(given, card))
+    assert any(remedy.startswith("8 x H100 (") for remedy in remedies(given, card))
 
 
 def test_more_processes_share_the_memory():
@@ -321,6 +314,9 @@ def test_the_bytes_of_components_are_those_of_their_networks():
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     encoder, vae = Conditioner.from_folder(BASE).text_encoder, VAE.from_folder(BASE)
     assert component_bytes(BASE, 4) == (4 * count(encoder), 4 * count(vae))
+    text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+    text |= dict(intermediate_size=18944, vocab_size=152064)
+    seen = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=3584)
     with torch.device("meta"):
-        published = Qwen2_5_VLModel(Qwen2_5_VLConfig()), AutoencoderKLQwenImage()
+        published = Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=seen)), AutoencoderKLQwenImage()
     assert component_bytes(HUB, 2) == tuple(2 * count(module) for module in published)

@@ -275,7 +275,7 @@ def _working(weights: Weights, batch: Microbatch, place: Place) -> float:
     """
     tokens = max(batch.of(stream) for stream in STREAMS)
     width, wide = weights.model.width, place.whole(tokens) * weights.model.width / place.tp
-    mlp = place.size * (4 * wide + 2 * place.own(batch.tokens) * width)
+    mlp = place.size * (4 * wide + 5 * place.own(batch.tokens) * width)
     rotation = 6 * FP32 * wide if place.device == "cuda" else 0
     gathered = 2 * place.size * place.whole(tokens) * width if place.sp else 0
     unpacked = 0 if weights.quantize == "none" else place.size * 4 * width**2 / place.tp

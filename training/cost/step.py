@@ -159,9 +159,9 @@ def _reached(w: Weights, name: str) -> bool:
     if not name.startswith("blocks."):
         return w.first_adapted < w.model.num_layers
     _, block, stream, layer = name.split(".")
-    before = {"out": 0, "mlp_in": 1, "mlp_out": 2}.get(layer)
-    if int(block) > w.first_adapted or before is None:
-        return int(block) > w.first_adapted
+    if int(block) > w.first_adapted or layer in ("q", "k", "v"):
+        return int(block) > w.first_adapted or f"blocks.{block}.{stream}.mod" in w.adapted
+    before = AFTER_ATTENTION.index(layer)
     own = {f"blocks.{block}.{stream}.{x}" for x in AFTER_ATTENTION[:before]}
     return bool((own | _before_attention(int(block))) & w.adapted)
 

@@ -38,8 +38,19 @@ class Linear:
         return a + b
 
 
-def linears(model: MMDiTConfig) -> Iterator[Linear]:
+@cache
+def linears(model: MMDiTConfig) -> dict[str, Linear]:
     """Every linear layer, by the name that `model.mmdit.MMDiT` gives it."""
+    return {layer.name: layer for layer in _linears(model)}
+
+
+@cache
+def held(model: MMDiTConfig, tp: int) -> dict[str, float]:
+    """Weights of every linear layer that a rank of `tp` holds."""
+    return {name: layer.held(tp) for name, layer in linears(model).items()}
+
+
+def _linears(model: MMDiTConfig) -> Iterator[Linear]:
     d = model.width
     yield Linear("img_in", "replicated", model.in_channels, d)
     yield Linear("txt_in", "replicated", model.joint_attention_dim, d)
@@ -65,9 +76,9 @@ class Weights:
     lora: Any = None
     quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
 
-    @cached_property
+    @property
     def linears(self) -> dict[str, Linear]:
-        return {layer.name: layer for layer in linears(self.model)}
+        return linears(self.model)
 
     @cached_property
     def unread(self) -> set[str]:
@@ -92,19 +103,16 @@ class Weights:
         """Whether a layer, or its adapter, has gradients."""
         return name in self.adapted if self.lora is not None else name not in self.unread
 
-    @cache
     def number(self, tp: int = 1) -> float:
         """Weights that a rank of `tp` holds, adapters included."""
         return self._base(tp) + self._adapters(tp)
 
-    @cache
     def trained(self, tp: int = 1) -> float:
         """Those of them that train."""
         if self.lora is not None:
             return self._adapters(tp)
-        return self._base(tp) - sum(self.linears[n].held(tp) for n in self.unread)
+        return self._base(tp) - sum(held(self.model, tp)[n] for n in self.unread)
 
-    @cache
     def stored_bytes(self, tp: int, size: int) -> float:
         """Bytes of a rank's weights, `size` each where they are not quantised."""
         each = QUANTIZED_BYTES[self.quantize]
@@ -120,7 +128,7 @@ class Weights:
         norms = (
             self.model.joint_attention_dim + self.model.num_layers * len(STREAMS) * 2 * self.model.attention_head_dim
         )
-        return norms + sum(layer.held(tp) for layer in self.linears.values())
+        return norms + sum(held(self.model, tp).values())
 
     def _adapters(self, tp: int) -> float:
         return sum(self.linears[n].adapter(self.lora.rank, tp) for n in self.adapted)
