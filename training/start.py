@@ -94,6 +94,8 @@ class RunConfig:
     def completed(self) -> Self:
         """The config with its open fields filled in. UserError for what cannot be."""
         source = _starting_point(self)
+        if self.dry_run and source.kind == "hub":  # a plan downloads nothing
+            return replace(self, init=source.path, components=self.components or source.path)
         components = self.components or source.components()
         if source.is_ours:
             source = look(source.checkpoint(thorough=False))
@@ -101,8 +103,9 @@ class RunConfig:
 
     @property
     def model(self) -> MMDiTConfig:
-        """Config of the model to train."""
-        return look(self.init).model_config()
+        """Config of the model to train; in a plan, one on the hub is taken to be Qwen-Image."""
+        source = look(self.init)
+        return PRESETS["qwen-image"] if self.dry_run and source.kind == "hub" else source.model_config()
 
     @property
     def guidance(self) -> float:
