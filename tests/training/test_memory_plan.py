@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from model.packing import ModelInputs, pack_inputs
 from training.cost.activations import Microbatch, Place, kept
 from training.cost.cards import CARDS, GIB, named
 from training.cost.step import Setting, Work, component_bytes, memory, sample_flops, seconds
-from training.cost.weights import Weights
+from training.cost.weights import QUANTIZED_BYTES, Weights
 from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig, ParallelConfig
 from training.plan import MARGIN, layouts, plan, remedies, setting_of
@@ -279,6 +279,29 @@ def test_what_fits_in_no_layout_is_told_what_would_do():
     given, card = setting(2, "H100")
     assert not list(layouts(given, card))
     assert any(remedy.startswith("8 x H100 (") for remedy in remedies(given, card))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithAdapters(EngineConfig):
+    lora: LoRAConfig = LoRAConfig(rank=64)
+    quantize: str = "nf4"
+
+
+def test_adapters_on_a_quantised_base_fit_where_all_weights_do_not():
+    given, card = setting(4, "RTX4090")
+    adapted = replace(given, engine=WithAdapters(), max_tokens=4352)
+    assert not list(layouts(replace(given, max_tokens=4352), card))
+    fitting = {s.weights.quantize for s in layouts(adapted, card)}
+    assert "nf4" in fitting and "none" not in fitting
+    assert memory(adapted).always["weights"] == pytest.approx(0.516 * 20.43e9 + 0.28e9, rel=0.02)
+
+
+def test_nf4_takes_the_bytes_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(1024, 512, dtype=torch.bfloat16)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    found = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert QUANTIZED_BYTES["nf4"] * weight.numel() == found
 
 
 def test_more_processes_share_the_memory():
