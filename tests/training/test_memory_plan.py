@@ -1,95 +1,33 @@
 """The plan's figures against what torch, Megatron and others' models count."""
 
 import importlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from held_bytes import NARROW, WIDE, Alive, built, held_after_forward, packed
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from worlds import run_world
 
 from command_line import UserError
 from model.config import PRESETS, LoRAConfig, MMDiTConfig
-from model.lora import add_adapters
-from model.mmdit import MMDiT
-from model.packing import ModelInputs, pack_inputs
+from posttrain import dpo
 from training.cost.activations import Microbatch, Place, kept
 from training.cost.cards import CARDS, GIB, named
 from training.cost.step import Setting, Work, component_bytes, memory, sample_flops, seconds
 from training.cost.weights import QUANTIZED_BYTES, Weights
-from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig, ParallelConfig
-from training.plan import MARGIN, layouts, plan, remedies, setting_of
+from training.plan import MARGIN, before_a_run, layouts, plan, remedies, setting_of
 from training.source import BASE
 
-NARROW = MMDiTConfig(
-    num_layers=3, num_attention_heads=2, attention_head_dim=32, joint_attention_dim=32, axes_dims_rope=(8, 12, 12)
-)
-WIDE = MMDiTConfig(
-    num_layers=4, num_attention_heads=6, attention_head_dim=48, joint_attention_dim=64, axes_dims_rope=(8, 20, 20)
-)
 ADAPTERS = {
     "none": None,
     "attention": LoRAConfig(rank=8),
     "all": LoRAConfig(rank=4, targets=("q", "k", "v", "out", "mlp_in", "mlp_out", "mod")),
 }
 HUB = Path("Qwen/Qwen-Image")
-
-
-class Alive(TorchDispatchMode):
-    """What operations have made and something still holds, tensors of `old` apart; with `peaks`, the most at a time."""
-
-    def __init__(self, old: Iterable[Tensor], peaks: bool = False):
-        super().__init__()
-        self.old, self.peaks, self.peak = {t.untyped_storage()._cdata: t for t in old}, peaks, 0
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.old:
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        if self.peaks:
-            self.peak = max(self.peak, self.bytes())
-        return out
-
-    def bytes(self) -> int:
-        self.storages = {at: held for at, held in self.storages.items() if not held[0].expired()}
-        return sum(size for _, size in self.storages.values())
-
-
-def packed(batch: Microbatch, config: MMDiTConfig, alike: bool) -> ModelInputs:
-    """Inputs of a microbatch. Not `alike`, one picture has 12 tokens more than another: none is padded then."""
-    more = [0] * batch.samples if alike else [12, -12, *[0] * (batch.samples - 2)]
-    sides = [2 * ((batch.img + m) // 4) for m in more]
-    latents = [torch.randn(config.out_channels, 1, 8, side) for side in sides]
-    texts = [torch.randn(batch.txt, config.joint_attention_dim) for _ in latents]
-    return pack_inputs(latents, texts, torch.linspace(0.2, 0.8, batch.samples))
-
-
-def built(config: MMDiTConfig, dtype: torch.dtype, lora: LoRAConfig | None, recompute: str = "none") -> MMDiT:
-    model = MMDiT(config).initialize(0).to(dtype)
-    if lora is not None:
-        add_adapters(model, lora)
-    prepare_blocks(model, False, recompute)
-    return model
-
-
-def held_after_forward(model: torch.nn.Module, inputs: ModelInputs, *old: Tensor) -> int:
-    """Bytes that a forward pass leaves behind, its result and what is made once and for all apart."""
-    with torch.no_grad():
-        model(inputs)
-    with Alive([*model.parameters(), *old, inputs.img, inputs.txt, inputs.sigma]) as alive:
-        out = model(inputs)
-    return alive.bytes() - out.nbytes
-
 
 CASES = {  # what CUDA does with long samples, with short ones; what a CPU does with samples that are alike
     "long": (Microbatch(2, 264, 132), False, "cuda"),
@@ -259,6 +197,19 @@ def test_the_recipe_of_the_large_model_fits_eight_gpus_of_80_gb(name: str, gpu: 
     assert len(told) <= 25 and max(map(len, told)) <= 120 and "does not fit" not in "".join(told)
 
 
+def test_a_run_on_gpus_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = replace(dpo.Config.defaults(["--init", str(HUB)]), init=HUB, out=tmp_path, dry_run=True).completed()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert before_a_run(config) is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + "echo NVIDIA H100 80GB HBM3, 81559\n" * 8)
+    tool.chmod(0o755)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert before_a_run(config).endswith("GiB of 79.6, at its fullest while training")
+    as_it_was = replace(config, engine=replace(config.engine, parallel=ParallelConfig(tp=4, sp=True)))
+    assert "TOO MUCH. Would fit: --tp 8 --sp" in before_a_run(as_it_was)
+
+
 def setting(world: int, card: str, **engine) -> tuple[Setting, object]:
     config = EngineConfig(**engine)
     made = Setting(PRESETS["qwen-image"], config, Work(512, 4096, 256), world, 16384)
@@ -326,19 +277,26 @@ def test_cards_that_are_none(gpu: str):
         named(gpu)
 
 
-def test_the_bytes_of_components_are_those_of_their_networks():
-    from diffusers import AutoencoderKLQwenImage
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
+
+def test_the_bytes_of_components_are_those_of_their_networks():
     from model.conditioner import Conditioner
     from vae.autoencoder import VAE
 
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     encoder, vae = Conditioner.from_folder(BASE).text_encoder, VAE.from_folder(BASE)
-    assert component_bytes(BASE, 4) == (4 * count(encoder), 4 * count(vae))
+    assert component_bytes(BASE, 4) == (4 * parameters(encoder), 4 * parameters(vae))
+
+
+@pytest.mark.slow
+def test_the_bytes_of_the_published_components():
+    from diffusers import AutoencoderKLQwenImage
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
     text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
     text |= dict(intermediate_size=18944, vocab_size=152064)
     seen = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=3584)
     with torch.device("meta"):
         published = Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=seen)), AutoencoderKLQwenImage()
-    assert component_bytes(HUB, 2) == tuple(2 * count(module) for module in published)
+    assert component_bytes(HUB, 2) == tuple(2 * parameters(module) for module in published)
