@@ -244,22 +244,16 @@ def traffic(setting: Setting) -> Counter:
     trained, found, others = w.trained(parallel.tp), Counter(), lambda n: (n - 1) / n
     found["gradients"] = FP32 * trained * others(slices)
     found["updated weights"] = size * trained * others(slices)
-    forward, backward = _passes(setting)
+    again = setting.engine.recompute == "block"
+    forward = 1 + again + setting.work.references + setting.work.draws / setting.work.samples
     one = size * tokens * d * layers * others(parallel.tp)  # a gathering, or a scattering, of all tokens
     if setting.place.sp:  # q, k, v and MLP gather, two sums scatter; then the same again, and for weights once more
-        found["tensor parallel"] = one * (6 * forward + (10 if w.lora is None else 6) * backward)
+        found["tensor parallel"] = one * (6 * forward + (10 if w.lora is None else 6))
     else:  # a sum over ranks is a scattering and a gathering
-        found["tensor parallel"] = one * 2 * (2 * forward + 4 * backward)
+        found["tensor parallel"] = one * 2 * (2 * forward + 4)
     heads = size * tokens * 4 * d / parallel.tp * layers * others(parallel.cp)  # q, k, v there, the result back
-    found["context parallel"] = heads * (forward + backward)
+    found["context parallel"] = heads * (forward + 1)
     return found
-
-
-def _passes(setting: Setting) -> tuple[float, float]:
-    """Forward passes, recomputed ones included, and backward passes of each sample."""
-    work = setting.work
-    again = setting.engine.recompute == "block"
-    return 1 + again + work.references + work.draws / work.samples, 1
 
 
 def seconds(setting: Setting, card: Card) -> dict[str, float]:
