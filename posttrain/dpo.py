@@ -14,6 +14,7 @@ try:
     import tyro
 
     from command_line import UserError, progress
+    from training.cost.step import Work
     from training.engine.config import EngineConfig, fast_dtype
     from training.loop import LoopConfig
     from training.start import RunConfig, optimizer, picture_side, start, toy_optimizer
@@ -64,6 +65,10 @@ class Config(RunConfig):
 
     def side_px(self) -> int:
         return self.size_px
+
+    def work(self) -> Work:
+        """Winners and losers; the reference sees both."""
+        return replace(super().work(), samples=2 * self.batch_size, unit="pictures", references=1, fixed=1)
 
     def summary(self) -> str:
         source = self.pairs or f"{self.num_pairs} pairs, best and worst of {self.pictures} pictures a prompt"
@@ -136,6 +141,7 @@ class DPO(Paged):
         config, engine = self.config, self.studio.engine
         if self.missing:
             self._make_pairs()
+            self.studio.forget_text_encoder()
         if engine.rank == 0:
             require_encoded_with(config.components, [self.folder])
         self.dataset, self.held = PairDataset(self.folder, config.num_pairs if config.pairs is None else None), None

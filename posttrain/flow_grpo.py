@@ -6,7 +6,7 @@ Each update draws --prompts-per-update prompts, --group pictures of each, with r
 gradient with a KL towards --init. Run the same command again to go on. Every reduction is in docs/posttraining.md.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 try:
@@ -14,6 +14,7 @@ try:
 
     from command_line import UserError
     from posttrain.rollout.config import RolloutConfig
+    from training.cost.step import Work
     from training.engine.config import EngineConfig, fast_dtype
     from training.loop import LoopConfig
     from training.start import optimizer, start, toy_optimizer
@@ -53,6 +54,17 @@ class Config(RolloutConfig):
         if self.starts is not None and not 1 <= self.starts <= self.group:
             raise UserError(f"--starts {self.starts}: a group of {self.group} has from 1 to {self.group} first noises")
         return super().completed()
+
+    def work(self) -> Work:
+        """Random steps of all pictures, with guidance; each step's latents and mean stay on the device until the next
+        rollout, and so do the prompts' states."""
+        given, random = super().work(), len(random_steps(self.sampling_steps, self.window, 0.0))
+        latents = 4 * given.img * self.model.in_channels * (2 * random + 1)
+        states = 2 * given.txt * self.model.joint_attention_dim
+        return replace(
+            given, samples=given.samples * random * self.sides, unit="passes", references=int(self.beta > 0),
+            fixed=int(self.beta > 0), remembered=given.samples * (latents + states),
+        )  # fmt: skip
 
 
 def random_steps(steps: int, window: int, start: float) -> range:

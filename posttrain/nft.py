@@ -6,7 +6,7 @@ Pictures are drawn by a copy that follows the policy, without random steps, like
 them anew. Run the same command again to go on. Every reduction is in docs/posttraining.md.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 try:
@@ -14,6 +14,7 @@ try:
 
     from command_line import UserError
     from posttrain.rollout.config import RolloutConfig
+    from training.cost.step import Work
     from training.engine.config import EngineConfig
     from training.loop import LoopConfig
     from training.start import optimizer, start, toy_optimizer
@@ -57,6 +58,12 @@ class Config(RolloutConfig):
         if self.old_decay_from < 0 or self.old_decay_rate < 0 or not 0 <= self.old_decay_max <= 1:
             raise UserError("--old-decay-from and --old-decay-rate aren't negative, --old-decay-max lies in [0, 1]")
         return super().completed()
+
+    def work(self) -> Work:
+        """Every picture at some noise levels; the copy that drew it and, for the KL, --init see it too."""
+        given, kl = super().work(), int(self.kl_weight > 0)
+        levels = self.levels or self.sampling_steps - 1
+        return replace(given, samples=given.samples * levels, references=1 + kl, fixed=kl, following=1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import ClassVar, Literal
 
 from command_line import UserError, flag
 from model.config import PRESETS, MMDiTConfig
-from pretrain.plan import plan
 from training.data_config import DataConfig
 from training.demo_data import demo_data
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
@@ -89,9 +88,6 @@ class StageConfig(DataConfig):
             f"{self.preset} MMDiT ({self.model.num_parameters:,} parameters) from {start}, stage {self.res} at "
             f"{self.side_px()} px, data {', '.join(map(str, self.data))} -> {self.out}"
         )
-
-    def plan(self) -> str:
-        return plan(self)
 
 
 _LARGE = EngineConfig(parallel=ParallelConfig(tp=4, sp=True), optimizer=OptimizerConfig(warmup_steps=2000))

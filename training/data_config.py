@@ -1,10 +1,11 @@
 """What trainers on encoded data take beyond all others. Imports no torch, for `--help`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from command_line import UserError
+from training.cost.step import Work
 from training.start import RunConfig
 
 
@@ -32,6 +33,9 @@ class DataConfig(RunConfig):
     held_out: int | None = None
     """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws.
     Default: a tenth, 512 at most; none of data that are still being made, or of --shares."""
+
+    def work(self) -> Work:
+        return replace(super().work(), samples=self.batch_size, encodes=self.validation is not None)
 
     def require_sources(self) -> None:
         """UserError for settings of data that do not go together."""

@@ -23,9 +23,16 @@ class MovingAverage:
     the fp32 masters.
     """
 
-    def __init__(self, weights: dict[str, Tensor], decay: Callable[[int], float], every: int = 1):
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        decay: Callable[[int], float],
+        every: int = 1,
+        device: torch.device | None = None,
+    ):
+        """`device` holds the averages; by default each lies beside its weight."""
         self.weights, self.decay, self.every, self.updates = weights, decay, every, 0
-        self.average = {name: torch.empty_like(w, dtype=torch.float32) for name, w in weights.items()}
+        self.average = {name: torch.empty_like(w, dtype=torch.float32, device=device) for name, w in weights.items()}
         self.reset()
 
     @torch.no_grad()
@@ -42,6 +49,9 @@ class MovingAverage:
         self.updates += 1
         if self.updates % self.every:
             return
-        weights = [self.weights[name].float() for name in self.average]
-        if weights:
-            torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        beside = [name for name, average in self.average.items() if average.device == self.weights[name].device]
+        if beside:
+            weights = [self.weights[name].float() for name in beside]
+            torch._foreach_lerp_([self.average[name] for name in beside], weights, 1 - decay)
+        for name in self.average.keys() - set(beside):
+            self.average[name].lerp_(self.weights[name].to(self.average[name]), 1 - decay)

@@ -20,7 +20,9 @@ from typing import Any
 from command_line import read_toml, write_toml
 from files import atomic_file, write_json
 
-HARMLESS = {"steps", "save_every", "keep", "sample_every", "validate_every", "validation", "out", "seeds", "dry_run"}
+HARMLESS = {
+    "steps", "save_every", "keep", "sample_every", "validate_every", "validation", "out", "seeds", "dry_run", "gpu",
+}  # fmt: skip
 """Settings that a run may change on its way without being another run."""
 MEASURES = ("held_out", "validation")
 """What hooks measure now and then."""

@@ -10,6 +10,7 @@ Imports no torch at the top, for `--help`.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,9 +23,11 @@ from command_line import UserError, flag, load_named, run
 from files import hash_files, write_json
 from model.config import PRESETS, MMDiTConfig
 from model.diffusers_io.config import ADAPTER_FILES
+from training.cost.step import Work
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
-from training.source import BASE, NOTE, TOY_PARAMETERS, Source, look
+from training.plan import before_a_run, plan, prompt_tokens
+from training.source import BASE, LARGE_PARAMETERS, NOTE, TOY_PARAMETERS, Source, look
 
 if TYPE_CHECKING:
     from model.sampling.draw import Request
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
 
 ADAPTERS_RATE = 10
 """Learning rate of adapters in that of the weights (LoRA Without Regret, 2025; Flow-GRPO's 3e-4 and 3e-5)."""
-LARGE_PARAMETERS = 4 * 10**9
-"""From here on, weights and their gradients are split over four tensor-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class RunConfig:
     """Run so many times, with --seed and the numbers after it, into OUT/seed-N, and compare."""
     dry_run: bool = False
     """Print the plan, do nothing."""
+    gpu: str | None = None
+    """What to plan for, as in 8xH100 (A100, H100, H200, B200, RTX4090, RTX3090). Default: what is in this machine."""
 
     NAME: ClassVar[str] = "posttrain"
     MEASURES_FIRST: ClassVar[bool] = True
@@ -80,7 +83,9 @@ class RunConfig:
         config = replace(cls(), out=Path(f"runs/{cls.NAME}"))
         if model.num_parameters < LARGE_PARAMETERS:
             return config
-        return replace(config, engine=replace(config.engine, parallel=ParallelConfig(tp=4, sp=True)))
+        return replace(
+            config, engine=replace(config.engine, parallel=ParallelConfig(tp=8, sp=True), average_on_host=True)
+        )
 
     @classmethod
     def defaults(cls, argv: list[str]) -> Self:
@@ -95,18 +100,21 @@ class RunConfig:
         """This recipe with adapters in place of weights: on one device, at a rate of their own."""
         engine = self.engine
         faster = replace(engine.optimizer, lr=ADAPTERS_RATE * engine.optimizer.lr)
-        return replace(self, engine=replace(engine, parallel=ParallelConfig(), optimizer=faster))
+        engine = replace(engine, parallel=ParallelConfig(), optimizer=faster, average_on_host=False)
+        return replace(self, engine=engine)
 
     def completed(self) -> Self:
         """The config with its open fields filled in. UserError for what cannot be."""
         source, engine = _starting_point(self), self.engine
+        if engine.quantize != "none" and engine.lora is None and source.lora is None:
+            raise UserError("--quantize stores weights that stay as they are: train adapters beside them, --lora-rank")
+        if self.dry_run and source.kind == "hub":  # a plan downloads nothing
+            return replace(self, init=source.path, components=self.components or source.path)
         components = self.components or source.components()
         if source.lora is not None:
             if engine.lora not in (None, source.lora):
                 raise UserError(f"{source.path} holds other adapters ({source.lora}): leave out --lora-*, they go on")
             engine = engine.with_lora(source.lora)
-        if engine.quantize != "none" and engine.lora is None:
-            raise UserError("--quantize stores weights that stay as they are: train adapters beside them, --lora-rank")
         if source.is_ours:
             source = look(source.checkpoint(thorough=False))
         return replace(self, init=source.path, components=Path(components), engine=engine)
@@ -118,8 +126,9 @@ class RunConfig:
 
     @property
     def model(self) -> MMDiTConfig:
-        """Config of the model to train."""
-        return self.source.model_config()
+        """Config of the model to train; in a plan, one on the hub is taken to be Qwen-Image."""
+        on_hub = self.dry_run and self.source.base.kind == "hub"
+        return PRESETS["qwen-image"] if on_hub else self.source.model_config()
 
     @property
     def guidance(self) -> float:
@@ -130,9 +139,14 @@ class RunConfig:
         """Side of the square whose area the run's pictures have; validation draws at it."""
         return picture_side(None, self.source)
 
+    def work(self) -> Work:
+        """What a step asks of the model; by default one microbatch for each of eight processes."""
+        img, txt = (self.side_px() // 16) ** 2, prompt_tokens(self.model)
+        return Work(8 * max(1, self.max_tokens // (img + txt)), img, txt)
+
     def plan(self) -> str:
         """What `--dry-run` prints."""
-        return self.summary()
+        return plan(self)
 
     def summary(self) -> str:
         """What a run says first, in a line."""
@@ -219,6 +233,9 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
     from training.studio import Studio
 
     noted = _noted(config.out)
+    foreseen = before_a_run(config) if os.environ.get("RANK", "0") == "0" else None
+    if foreseen is not None:
+        print(foreseen, flush=True)
     engine = Engine(config.model, config.engine, config.loop.steps)
     trainer = kind(config, Studio(engine, config.components, config.max_tokens))  # refuses before anything is written
     run_folder = RunFolder(config.out, config, writes=engine.rank == 0)

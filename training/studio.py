@@ -36,7 +36,7 @@ class Studio:
     def __init__(self, engine: "Engine", components: Path, tokens_per_pack: int):
         self.engine, self.components, self.tokens_per_pack = engine, components, tokens_per_pack
         self._dtype = torch.bfloat16 if engine.device.type == "cuda" else torch.float32
-        self._hidden = lru_cache(REMEMBERED_TEXTS)(lambda text: self.conditioner.encode([text])[0].cpu())
+        self._hidden = lru_cache(REMEMBERED_TEXTS)(self._encode_one)
 
     @cached_property
     def vae(self) -> VAE:
@@ -56,14 +56,32 @@ class Studio:
     def encode(self, texts: list[str]) -> list[Tensor]:
         """Hidden states of texts; a text encoder that was not in memory is let go again."""
         kept = "conditioner" in self.__dict__
+        self._text_encoder_to(self.engine.device)
         hidden = self.conditioner.encode(texts)
         if not kept:
-            del self.conditioner
+            self.forget_text_encoder()
         return hidden
 
     def conditions(self, texts: list[str]) -> list[Condition]:
-        """Conditions of prompts with the empty prompt as negative, on the CPU; each is encoded once in a while."""
-        return [Condition(self._hidden(text), self._hidden(" ")) for text in texts]
+        """Conditions of prompts with the empty prompt as negative, on the CPU; each is encoded once in a while.
+
+        Meanwhile the text encoder rests in the host's memory: a GPU has its room for the model.
+        """
+        found = [Condition(self._hidden(text), self._hidden(" ")) for text in texts]
+        self._text_encoder_to("cpu")
+        return found
+
+    def forget_text_encoder(self) -> None:
+        """Let go of the text encoder; it is loaded again when needed."""
+        self.__dict__.pop("conditioner", None)
+
+    def _encode_one(self, text: str) -> Tensor:
+        self._text_encoder_to(self.engine.device)
+        return self.conditioner.encode([text])[0].cpu()
+
+    def _text_encoder_to(self, device: torch.device | str) -> None:
+        if "conditioner" in self.__dict__:
+            self.conditioner.text_encoder.to(device)
 
     def sampler(self, sampler: Sampler) -> Sampler:
         """A sampler with this engine's alignment and pack size."""

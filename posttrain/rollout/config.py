@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from command_line import UserError
+from training.cost.step import Work
 from training.start import RunConfig, picture_side
 
 
@@ -40,6 +41,17 @@ class RolloutConfig(RunConfig):
 
     def side_px(self) -> int:
         return self.size_px
+
+    @property
+    def sides(self) -> int:
+        """Passes of the model for each velocity: guidance takes two."""
+        return 2 if self.cfg_scale > 1 else 1
+
+    def work(self) -> Work:
+        """Every picture drawn, and each of its passes trained on once; the algorithm says what differs."""
+        pictures, given = self.prompts_per_update * self.group, super().work()
+        draws = pictures * self.sampling_steps * self.sides // self.updates_per_rollout
+        return replace(given, samples=pictures, unit="pictures", draws=draws)
 
     def summary(self) -> str:
         return (

@@ -115,6 +115,7 @@ class Rollouts:
     def __next__(self) -> list[list[Any]]:
         if not self._uses_left:
             prompts, engine = next(self.stream), self._engine
+            self._microbatches.clear()  # the loop has the list, too: the last pictures leave the device before new ones
             sampler = self.trainer.sampler(*prompts[0])
             groups, transitions = self.draw(prompts[engine.dp_rank :: engine.dp_size], sampler)
             self._microbatches = self.trainer.microbatches(self.credit(self.score(groups)), transitions)

@@ -146,14 +146,14 @@ def test_a_run_of_another_model_is_refused(data: dict, tmp_path: Path):
 
 
 def test_settings_import_no_torch():
-    code = "import sys, pretrain.recipes, pretrain.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, pretrain.recipes, training.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_the_plan_of_the_large_model():
     status, out, _ = stage("--res", 1328, "--preset", "qwen-image", "--dry-run")
     assert status == 0
-    assert "20,430,401,088 parameters" in out and "6889 image" in out and "tp 4 with sp x cp 1 x dp 1" in out
+    assert "20,430,401,088 parameters" in out and "6889 image" in out and "tp 4 with sp x cp 1 x dp 2" in out
 
 
 def test_recipes_are_what_they_say():

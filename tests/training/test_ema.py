@@ -30,6 +30,13 @@ def test_equals_torchs_averaged_model():
             torch.testing.assert_close(ema.average[name], p.detach(), rtol=1e-6, atol=1e-6)
 
 
+def test_averages_lie_where_they_are_told_to():
+    """A device without memory stands for another one than the weights'."""
+    ema = MovingAverage({"w": torch.ones(2)}, ramped(0.9), device=torch.device("meta"))
+    ema.update()
+    assert ema.average["w"].device.type == "meta" and ema.updates == 1
+
+
 def test_averages_low_precision_weights_in_fp32():
     weight = torch.ones(1, dtype=torch.bfloat16)
     ema = MovingAverage({"w": weight}, ramped(0.999))

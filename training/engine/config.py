@@ -72,6 +72,8 @@ class EngineConfig:
     """Weights and activations; auto is bfloat16 on CUDA (masters, moments and reductions stay fp32), else float32."""
     ema_decay: float = 0.999
     """Decay of the weights' moving average; it ramps up as (1 + n) / (10 + n)."""
+    average_on_host: bool = False
+    """Keep moving averages in the host's memory: a GPU has 4 bytes a weight more, a step takes longer."""
     attention: Literal["auto", "sdpa", "flash", "te"] = "auto"
     """auto: Transformer Engine if installed, else torch's flash kernel, on CUDA; SDPA elsewhere."""
     compile: bool = False

@@ -20,9 +20,18 @@ class FrozenPolicies(Mapping[str, Model]):
     Looking up one that follows is collective where its weights are sharded: all ranks ask together.
     """
 
-    def __init__(self, model: nn.Module, shards: Shards, dtype: torch.dtype, ema_decay: Callable[[int], float]):
+    def __init__(
+        self,
+        model: nn.Module,
+        shards: Shards,
+        dtype: torch.dtype,
+        ema_decay: Callable[[int], float],
+        on_host: bool = False,
+    ):
+        """`on_host` keeps the copies that follow in the host's memory."""
         self._model, self._shards, self._dtype = model, shards, dtype
-        self.averages = {EMA: MovingAverage(shards.masters(), ema_decay)}
+        self._average_device = torch.device("cpu") if on_host else None
+        self.averages = {EMA: MovingAverage(shards.masters(), ema_decay, device=self._average_device)}
         """The copies that follow, this rank's slices in fp32."""
         self._policies: dict[str, FrozenPolicy] = {EMA: Following(ema_decay)}
         self._weights: dict[str, dict[str, Tensor]] = {}
@@ -32,7 +41,9 @@ class FrozenPolicies(Mapping[str, Model]):
         """Keep a frozen policy from now on; one that is a copy is of the present weights."""
         self._policies[name] = policy
         if isinstance(policy, Following):
-            self.averages[name] = MovingAverage(self._shards.masters(), policy.decay, policy.every)
+            self.averages[name] = MovingAverage(
+                self._shards.masters(), policy.decay, policy.every, self._average_device
+            )
         self._weights.pop(name, None)
         if isinstance(policy, Fixed):
             self._weights[name] = {n: p.detach().clone() for n, p in self._model.named_parameters() if p.requires_grad}
@@ -72,7 +83,8 @@ class FrozenPolicies(Mapping[str, Model]):
         if isinstance(self._policies[name], WithoutAdapters):
             adapters = [(n, p) for n, p in self._model.named_parameters() if n.endswith(".lora.b.weight")]
             return {n: torch.zeros_like(p) for n, p in adapters}
-        return {n: w.to(self._dtype) for n, w in self._shards.gather(self.averages[name].average)}
+        device = next(self._model.parameters()).device
+        return {n: w.to(device, self._dtype) for n, w in self._shards.gather(self.averages[name].average)}
 
     @torch.no_grad()
     def _run(self, name: str, inputs: Any) -> Any:

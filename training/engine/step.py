@@ -77,7 +77,8 @@ class Engine:
         self.shards = Shards(self._ddp, self.optimizer)
         if config.optimizer.muon_lr is not None:
             self.optimizer.optimizer.muon = muon.Muon(self.shards, self.dtype)
-        self.frozen = FrozenPolicies(self.model, self.shards, self.dtype, ramped(config.ema_decay))
+        decay, on_host = ramped(config.ema_decay), config.average_on_host
+        self.frozen = FrozenPolicies(self.model, self.shards, self.dtype, decay, on_host)
         self._saving = Saving(
             model_config, self.model, self.optimizer, self.shards, self.frozen.averages, layout, config.lora
         )

@@ -1,0 +1,1 @@
+"""What a training step costs, counted and not measured: weights, activations, FLOPs, bytes. Imports no torch."""
