@@ -9,10 +9,12 @@ Shape legend: L tokens of a stream on this rank, D width, R rows of a modulation
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.moving import moved
 from model.rope import apply_rope
 
 EPS = 1e-6
@@ -51,9 +53,9 @@ class Rows:
         if whole and like.device.type == "cpu" and len(set(lengths)) == 1 and not tail and total < MIN_RUN * len(runs):
             in_order = rows == list(range(len(rows)))
             return cls(like.new_empty(0), None, (None if in_order else torch.tensor(rows), len(rows), lengths[0]))
-        index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
-        one_hot = torch.zeros(total, n_rows).index_put_((torch.arange(total - tail), index), torch.ones(()))
-        return cls(one_hot.to(like.device, like.dtype), tuple(runs) if total >= MIN_RUN * len(runs) else None)
+        index = np.repeat([*rows, -1], [*lengths, tail])
+        one_hot = moved(torch.from_numpy(index), like.device)[:, None] == torch.arange(n_rows, device=like.device)
+        return cls(one_hot.to(like.dtype), tuple(runs) if total >= MIN_RUN * len(runs) else None)
 
     def prefix(self, length: int) -> "Rows":
         """The rows of the first `length` tokens."""
@@ -110,6 +112,16 @@ def _by_run(function: Callable[..., Tensor], runs: tuple[tuple[int, int], ...], 
     pieces = zip(*(s.split(lengths) for s in streams), strict=True)
     out = [function(row, *piece) for (_, row), piece in zip(runs, pieces, strict=True)]
     return torch.cat(out) if len(out) > 1 else out[0]
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the head dim of x [L, H, K], then rotation by table [L, K / 2, 2], in one.
+
+    A module's own call, so that what hooks into its forward pass, such as a late gathering of weights, is met.
+    """
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return norm_rotate(x, self.weight, self.eps, table)
 
 
 def norm_rotate(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:

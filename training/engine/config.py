@@ -71,9 +71,10 @@ class EngineConfig:
     ema_decay: float = 0.999
     """Decay of the weights' moving average; it ramps up as (1 + n) / (10 + n)."""
     attention: Literal["auto", "sdpa", "flash", "te"] = "auto"
-    """auto: Transformer Engine if installed, else torch's flash kernel, on CUDA; SDPA elsewhere."""
-    compile: bool = False
-    """torch.compile every block."""
+    """auto: on Hopper and later Transformer Engine if installed, else SDPA on cuDNN; on Ampere torch's flash kernel;
+    elsewhere SDPA."""
+    compile: bool | None = None
+    """torch.compile every block. Default: on CUDA, unless recomputation is selective."""
     recompute: Literal["none", "selective", "block"] = "none"
     """Recompute each block's activations in the backward pass instead of keeping them: selective keeps the results of
     matrix products and attention, and recomputes norms, modulation, rotation and GELU; block recomputes all."""
@@ -81,3 +82,7 @@ class EngineConfig:
     def __post_init__(self):
         if self.compile and self.recompute == "selective":
             raise ValueError("compiled blocks recompute what is cheap anyway: use recompute none or block with compile")
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether blocks are compiled for a device."""
+        return device_type == "cuda" and self.recompute != "selective" if self.compile is None else self.compile
