@@ -1,10 +1,11 @@
-"""Every weight is read in the forward pass of the module that owns it, where hooks that gather it late are met."""
+"""What layers are given: their weights by their own forward pass, where hooks that gather late are met, and tokens."""
 
 import torch
 from mixed_batch import CONFIG, fill, samples
 from torch import nn
 
 from model.mmdit import MMDiT
+from model.ops import Ops
 from training.flow_matching import VelocityMSE
 from training.randomness import Randomness
 
@@ -30,3 +31,17 @@ def test_weights_are_there_only_while_their_own_module_runs():
         scatter(module, None, None)
     with torch.no_grad():
         assert torch.equal(model(inputs), expected)
+
+
+def test_every_layer_of_tokens_is_given_a_multiple_of_them():
+    inputs, _ = VelocityMSE().prepare(samples(), Randomness(0), 16)
+    assert inputs.pack.n_target % 8  # the last block would read so many
+    ops, given = Ops(), set()
+    ops.token_multiple = 8
+    model, plain = fill(MMDiT(CONFIG, ops)), fill(MMDiT(CONFIG))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "mod" not in name and "time" not in name:
+            module.register_forward_pre_hook(lambda _, args: given.add(len(args[0])))
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), plain(inputs), rtol=1e-5, atol=1e-5)
+    assert len(given) == 3 and all(tokens % 8 == 0 for tokens in given)

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import tyro
 from mixed_batch import samples
 from worlds import run_world
 
@@ -107,6 +108,11 @@ def test_compilation_is_for_cuda_unless_it_is_asked_for():
     assert EngineConfig().compiles("cuda") and not EngineConfig().compiles("cpu")
     assert not EngineConfig(recompute="selective").compiles("cuda") and EngineConfig(recompute="block").compiles("cuda")
     assert EngineConfig(compile=True).compiles("cpu") and not EngineConfig(compile=False).compiles("cuda")
+
+
+@pytest.mark.parametrize("flags, expected", [([], None), (["--compile"], True), (["--no-compile"], False)])
+def test_compilation_has_its_flag(flags: list[str], expected: bool | None):
+    assert tyro.cli(EngineConfig, args=flags).compile is expected
 
 
 def patience(rank: int) -> set[timedelta]:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class EngineConfig:
     attention: Literal["auto", "sdpa", "flash", "te"] = "auto"
     """auto: on Hopper and later Transformer Engine if installed, else SDPA on cuDNN; on Ampere torch's flash kernel;
     elsewhere SDPA."""
-    compile: bool | None = None
+    compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = None
     """torch.compile every block. Default: on CUDA, unless recomputation is selective."""
     recompute: Literal["none", "selective", "block"] = "none"
     """Recompute each block's activations in the backward pass instead of keeping them: selective keeps the results of
