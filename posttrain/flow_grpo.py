@@ -102,9 +102,6 @@ class Credited:
     scores: dict[str, Tensor] = field(default_factory=dict)
     """[S] rewards of the pictures that the step led to, for the log."""
 
-    def to(self, device: torch.device) -> "Credited":
-        return self
-
 
 class FlowGRPO(RolloutTrainer):
     """Clipped ratio + beta KL(policy || reference) over batches of one `Credited` step.

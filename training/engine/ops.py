@@ -64,7 +64,8 @@ class MegatronOps(Ops):
         self.config = megatron_config(layout, dtype)
         self.unsplit_config = megatron_config(layout, dtype, sp=False)
         self.column_class, self.row_class = linear_classes(layout, seen_by_aten)
-        self.varlen_attention = attention_backend(choose_attention(attention, layout, dtype, seen_by_aten), layout)
+        attention = choose_attention(attention, layout, dtype, seen_by_aten)
+        self.varlen_attention = attention_backend(attention, layout.device.type)
 
     def column(self, in_features: int, out_features: int) -> nn.Module:
         if self.layout.tp_size == 1:
@@ -252,10 +253,10 @@ def choose_attention(name: str, layout: Layout, dtype: torch.dtype, seen_by_aten
     return "flash" if major >= AMPERE else "sdpa"
 
 
-def attention_backend(name: str, layout: Layout) -> Attention:
+def attention_backend(name: str, device_type: str) -> Attention:
     """Attention over the segments of a pack by SDPA, torch's flash kernel, or Transformer Engine (`thd`)."""
     if name == "sdpa":
-        return _cudnn_first if layout.device.type == "cuda" else varlen_attention
+        return _cudnn_first if device_type == "cuda" else varlen_attention
     if name == "flash":
         from torch.nn.attention.varlen import varlen_attn
 
