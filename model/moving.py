@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """Tensors, and dataclasses, tuples and dicts that hold some, on `device`; anything else, and what is there already,
-    is returned as it is."""
+    """Tensors, and dataclasses, tuples, lists and dicts that hold some, on `device`; anything else, and what is there
+    already, is returned as it is."""
     device = torch.device(device)
     waits = device.type == "cuda"
     return _each(lambda x: (_pinned(x) if waits else x).to(device, non_blocking=True), value)
@@ -36,10 +36,12 @@ def _each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         changed = {n: new for n, old in parts.items() if (new := _each(function, old)) is not old}
         return dataclasses.replace(value, **changed) if changed else value
-    if isinstance(value, tuple | dict):
+    if isinstance(value, tuple | list | dict):
         old = value.values() if isinstance(value, dict) else value
         new = [_each(function, part) for part in old]
         if all(a is b for a, b in zip(old, new, strict=True)):
             return value
-        return dict(zip(value, new, strict=True)) if isinstance(value, dict) else tuple(new)
+        if isinstance(value, dict):
+            return dict(zip(value, new, strict=True))
+        return tuple(new) if isinstance(value, tuple) else new
     return value

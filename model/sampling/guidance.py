@@ -24,8 +24,7 @@ class Condition:
     """Latents [C, 1, h, w] of the pictures to edit."""
 
     def to(self, device: torch.device | str) -> "Condition":
-        empty = None if self.txt_empty is None else self.txt_empty.to(device)
-        return Condition(self.txt.to(device), empty, tuple(r.to(device) for r in self.references))
+        return moved(self, device)
 
 
 class Guidance:
