@@ -29,7 +29,10 @@ ifeq ($(GPU),)
 else
 	@$(PIP) install -q "torch==$(TORCH)"
 	@$(PIP) install -q -c constraints.txt -e ".[dev]"
-	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[gpu]" || echo "transformer-engine did not install; the torch layers are used (see docs/gpu.md)"
+	@echo "building transformer-engine (some minutes)"
+	@{ $(PIP) install -q -c constraints.txt "setuptools>=77" wheel ninja pybind11 && \
+	  $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[gpu]"; } >.venv/transformer-engine.log 2>&1 || \
+	  echo "transformer-engine did not build (.venv/transformer-engine.log says why); going on without it (docs/gpu.md)"
 endif
 	@touch $@
 

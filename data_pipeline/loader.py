@@ -66,7 +66,8 @@ def microbatches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 class Loader:
-    """Iterator over this rank's microbatches `list[list[EncodedSample]]` of one global step after another, for ever.
+    """Iterator over this rank's microbatches `list[list[EncodedSample]]` of one global step after another, for ever;
+    over what `prepare` makes of each, if it is set before the first.
 
     `batch_size` counts samples of all ranks. Each rank has at least one microbatch a step; ranks may differ in their
     number. Ranks that share a `dp_rank` (tensor and context parallel peers) get the same. A background thread reads
@@ -104,17 +105,18 @@ class Loader:
         """Whether waiting for data should end with `Interrupted`."""
         self.passed_over = 0
         """Broken samples so far."""
+        self.prepare: Callable[[list[EncodedSample]], Any] | None = None
+        """What the background thread does with each microbatch, if anything."""
         self._cursor: Cursor = self.order.first
         self._reader: _Reader | None = None
 
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> list[list[EncodedSample]]:
+    def __next__(self) -> list[Any]:
         if self._reader is None:
             self._reader = _Reader(partial(self._steps, self._cursor), self.prefetch)
-        self._cursor, batch = self._reader.get(self.interrupted)
-        self.buckets = Counter(_bucket(sample) for group in batch for sample in group)
+        self._cursor, self.buckets, batch = self._reader.get(self.interrupted)
         return batch
 
     @property
@@ -157,7 +159,7 @@ class Loader:
             self._reader.close()
             self._reader = None
 
-    def _steps(self, cursor: Cursor, stop: threading.Event) -> Iterator[tuple[Cursor, list[list[EncodedSample]]]]:
+    def _steps(self, cursor: Cursor, stop: threading.Event) -> Iterator[tuple[Cursor, Counter[str], list[Any]]]:
         places = self.order.places(cursor, stop)
         while True:
             step: list[tuple[int, int]] = []
@@ -170,8 +172,9 @@ class Loader:
                 return
             if len(step) < self.dp_size:
                 raise ValueError(f"{drawn - len(step)} of the {drawn} samples of a step are too long: raise max_tokens")
-            whole = [group for places in self.share(step) if (group := self._read(places))]
-            yield cursor, whole or [self._any_of(step)]
+            whole = [group for places in self.share(step) if (group := self._read(places))] or [self._any_of(step)]
+            buckets = Counter(_bucket(sample) for group in whole for sample in group)
+            yield cursor, buckets, whole if self.prepare is None else [self.prepare(group) for group in whole]
 
     def _read(self, places: list[tuple[int, int]]) -> list[EncodedSample]:
         """Samples by (index, epoch); one that is broken is named and left out."""

@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.moving import moved
 from model.rope import apply_rope
 
 EPS = 1e-6
@@ -53,9 +55,9 @@ class Rows:
         if whole and like.device.type == "cpu" and len(set(lengths)) == 1 and not tail and total < MIN_RUN * len(runs):
             in_order = rows == tuple(range(len(rows)))
             return cls(like.new_empty(0), None, (None if in_order else torch.tensor(rows), len(rows), lengths[0]))
-        index = torch.tensor(rows).repeat_interleave(torch.tensor(lengths))
-        one_hot = torch.zeros(total, n_rows).index_put_((torch.arange(total - tail), index), torch.ones(()))
-        return cls(one_hot.to(like.device, like.dtype), tuple(runs) if total >= MIN_RUN * len(runs) else None)
+        index = np.repeat([*rows, -1], [*lengths, tail])
+        one_hot = moved(torch.from_numpy(index), like.device)[:, None] == torch.arange(n_rows, device=like.device)
+        return cls(one_hot.to(like.dtype), tuple(runs) if total >= MIN_RUN * len(runs) else None)
 
     def prefix(self, length: int) -> "Rows":
         """The rows of the first `length` tokens."""
@@ -120,6 +122,16 @@ def gelu(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the head dim of x [L, H, K], then rotation by table [L, K / 2, 2], in one.
+
+    A module's own call, so that what hooks into its forward pass, such as a late gathering of weights, is met.
+    """
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return norm_rotate(x, self.weight, self.eps, table)
 
 
 def norm_rotate(x: Tensor, weight: Tensor, eps: float, table: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import MMDiTConfig
-from model.fused import EPS, Rows, add_gated, gelu, modulate, norm_rotate
+from model.fused import EPS, Rows, add_gated, gelu, modulate
 from model.ops import Ops
 from model.packing import Pack
 
@@ -50,8 +50,7 @@ class Stream(nn.Module):
         """Queries, keys (normalised, rotated) and values, each [L, H, K]."""
         x = modulate(x, shift, scale, rows)
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
-        q, k = norm_rotate(q, self.q_norm.weight, EPS, rope), norm_rotate(k, self.k_norm.weight, EPS, rope)
-        return q, k, v
+        return self.q_norm(q, rope), self.k_norm(k, rope), v
 
     def add_attention(self, x: Tensor, attention: Tensor, gate: Tensor, rows: Rows) -> Tensor:
         """Gated residual of the attention's heads [L, H, K]."""
@@ -73,7 +72,7 @@ class Block(nn.Module):
     def __init__(self, config: MMDiTConfig, ops: Ops, last: bool = False):
         super().__init__()
         self.img, self.txt, self.last = Stream(config, ops), Stream(config, ops), last
-        self.attention, self.whole = ops.attention, ops.shards == 1
+        self.attention, self.tokens_to_end, self.whole = ops.attention, ops.tokens_to_end, ops.shards == 1
         if last:
             for module in (self.txt.out, self.txt.mlp_in, self.txt.mlp_out):
                 module.requires_grad_(False)
@@ -91,7 +90,7 @@ class Block(nn.Module):
         heads = self.attention(q, k, v, pack)
         text_heads, image_heads = heads.split((len(text[0]), len(image[0])))
         if self.last and self.whole:
-            n = pack.n_target
+            n = self.tokens_to_end(pack)
             img, image_heads, img_rows = img[:n], image_heads[:n], img_rows.prefix(n)
         img = self.img.add_attention(img, image_heads, gate1, img_rows)
         img = self.img.add_mlp(img, shift2, scale2, gate2, img_rows)

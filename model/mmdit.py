@@ -72,7 +72,7 @@ class MMDiT(nn.Module):
             img, txt = block(img, txt, temb, txt_temb, img_rows, txt_rows, img_rope, txt_rope, pack)
 
         if ops.shards == 1:
-            img = img[: pack.n_target]
+            img = img[: ops.tokens_to_end(pack)]
         velocity = self.output(img, txt_temb, out_rows)
         return ops.gather_tokens(velocity)[: pack.n_target]
 
@@ -83,7 +83,7 @@ class MMDiT(nn.Module):
         clean = [row + levels for row in own] if self.config.zero_cond_t else own
         n_img, n_txt = len(inputs.img), len(inputs.txt)
         whole = self.ops.shards == 1
-        n_out = pack.n_target if whole else n_img
+        n_out = self.ops.tokens_to_end(pack) if whole else n_img
         rows = (
             Rows.of(pack.target_lengths + pack.reference_lengths, own + clean, n_img, len(like), like, whole),
             Rows.of(pack.text_lengths, own, n_txt, levels, like, whole),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import joint_attention
+from model.fused import HeadNorm
 from model.packing import Pack
 
 
@@ -25,6 +26,9 @@ class Ops:
 
     heads_divisor = 1
     """The number of heads must be divisible by this (tensor x context parallel size)."""
+
+    token_multiple = 1
+    """What the number of tokens that a linear layer is given on a rank must be a multiple of."""
 
     @property
     def adapters(self) -> "Ops":
@@ -56,8 +60,14 @@ class Ops:
         return nn.RMSNorm(dim, eps=eps)
 
     def head_norm(self, dim: int, eps: float) -> nn.Module:
-        """RMSNorm with weight over the head dim of [L, H, dim]; sees only this rank's heads."""
-        return nn.RMSNorm(dim, eps=eps)
+        """RMSNorm with weight over the head dim of [L, H, dim], then rotation; sees only this rank's heads."""
+        return HeadNorm(dim, eps=eps)
+
+    def tokens_to_end(self, pack: Pack) -> int:
+        """Image tokens computed to the end where streams are whole: the targets, rounded up to `token_multiple`."""
+        if self.token_multiple == 1:
+            return pack.n_target
+        return min(-(-pack.n_target // self.token_multiple) * self.token_multiple, len(pack.img_pos))
 
     def shard_tokens(self, x: Tensor) -> Tensor:
         """Whole stream [L_all, ...] -> the tokens on which this rank runs norms and residuals."""

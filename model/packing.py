@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.moving import moved
 from model.rope import sample_positions
 
 PADDED_TO = 32
@@ -226,8 +227,7 @@ class Pack:
         return list(x[: self.n_target].split(self.target_lengths))
 
     def to(self, device: torch.device | str) -> "Pack":
-        tensors = ("txt_pos", "img_pos", "joint_order", "cu_seqlens")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return moved(self, device)
 
 
 def _positions(shapes: Sequence[SampleShape], scheme: str, n_txt: int, n_img: int) -> tuple[Tensor, Tensor]:
@@ -266,8 +266,7 @@ class ModelInputs:
         )
 
     def to(self, device: torch.device | str) -> "ModelInputs":
-        moved = {name: getattr(self, name).to(device) for name in ("img", "txt", "sigma")}
-        return replace(self, pack=self.pack.to(device), **moved)
+        return moved(self, device)
 
 
 def patchify(latent: Tensor, patch: int = 2) -> Tensor:

@@ -84,6 +84,7 @@ from torch import Tensor
 
 from data_pipeline.encoding import Encoder
 from data_pipeline.loader import Loader
+from model.moving import moved
 from model.packing import ModelInputs
 from model.sampling.draw import Request, Sampler
 from model.sampling.schedule import FixedSchedule
@@ -102,7 +103,6 @@ from posttrain.rollout.prompts import read_prompts
 from rewards import WeightedRewards
 from training.algorithm import Fixed, Frozen, Metrics, Model
 from training.encoded_with import require_encoded_with
-from training.engine.step import moved
 from training.flow_matching import noised, per_sample_mean, samples_shown
 from training.held_out import DRAW_BY, HeldOutHook, hold_out
 from training.randomness import Randomness

@@ -90,6 +90,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from model.moving import moved
 from model.packing import ModelInputs
 from model.sampling.draw import Sampler, Transition
 from model.sampling.schedule import FixedSchedule
@@ -112,9 +113,6 @@ class Credited:
     """fp32 [S]"""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """[S] rewards of the pictures that the step led to, for the log."""
-
-    def to(self, device: torch.device) -> "Credited":
-        return self
 
 
 class FlowGRPO(RolloutTrainer):
@@ -168,8 +166,8 @@ class FlowGRPO(RolloutTrainer):
         mean, std = step.moments(model(inputs))
         log_ratio, clip = self.log_ratio(step, mean, std), self.clip_range(step)
         losses = clipped_ratio_loss(log_ratio, credited.advantage, clip)
-        moved = (log_ratio.detach().exp() - 1).abs() / clip
-        metrics = {"ratio_deviation": moved.sum(), "clipped": (moved > 1).float().sum()}
+        deviation = (log_ratio.detach().exp() - 1).abs() / clip
+        metrics = {"ratio_deviation": deviation.sum(), "clipped": (deviation > 1).float().sum()}
         if reference is not None:
             reference_mean, _ = step.moments(reference)
             kl = step.per_picture((mean - reference_mean) ** 2 / (2 * std**2))
@@ -186,7 +184,7 @@ class FlowGRPO(RolloutTrainer):
 
     def clip_range(self, step: Transition) -> Tensor:
         """The clip range [S] of each picture's ratio."""
-        elements = torch.tensor(step.guidance.lengths, device=step.x.device) * step.x.shape[1]
+        elements = moved(torch.tensor(step.guidance.lengths), step.x.device) * step.x.shape[1]
         return self.config.clip_range / elements.sqrt()
 
     @torch.no_grad()

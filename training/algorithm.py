@@ -46,6 +46,14 @@ FrozenPolicy = Fixed | WithoutAdapters | Following
 """How a frozen policy is kept. One whose answers are known beforehand needs none: they come with `prepare`."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A microbatch that `Algorithm.prepare` is done with."""
+
+    inputs: Any
+    aux: Any
+
+
 class Algorithm(Protocol):
     """Two pure functions, and the frozen policies that the second one calls."""
 
@@ -65,9 +73,11 @@ class Batches(Protocol):
     """Yields this data-parallel rank's microbatches of a step; its cursor is JSON.
 
     All ranks end together. An algorithm that makes its batches with the model being trained holds the engine itself.
+    One that reads ahead may have an attribute `prepare`: the loop sets it to what is to be done with each microbatch,
+    a function that gives a `Prepared`, where there is something to be gained.
     """
 
-    def __next__(self) -> list[list[Any]]: ...
+    def __next__(self) -> "list[list[Any] | Prepared]": ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data_pipeline.loader import microbatches
 from data_pipeline.sample import EncodedSample
-from training.engine.step import moved
+from model.moving import moved
 from training.flow_matching import VelocityMSE, per_sample_mean
 from training.randomness import Randomness
 from training.run_folder import RunFolder

@@ -73,6 +73,8 @@ def train(
         batches.load_state_dict(cursor["batches"])
     run.open(engine.step_count)
     saved = engine.step_count if cursor is not None else None
+    if engine.runs_ahead and hasattr(batches, "prepare"):
+        batches.prepare = lambda batch: engine.prepare(algorithm, batch, rng)
 
     for hook in hooks if engine.step_count == 0 else ():
         if getattr(hook, "first", False):

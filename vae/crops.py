@@ -41,9 +41,6 @@ class Crops:
     noise: tuple[Tensor, ...]
     """[B, 16, F, S/8, S/8]"""
 
-    def to(self, device: torch.device) -> "Crops":
-        return Crops(*(tuple(t.to(device) for t in ts) for ts in (self.pixels, self.noise)))
-
 
 def draw_crop(source: Source, rng: Randomness, side: int, least_area: int) -> Tensor:
     """A crop [3, T, side, side] in [-1, 1], at a scale between the source's own and that of area least_area^2.

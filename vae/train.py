@@ -264,7 +264,7 @@ class ReconstructionHook:
         import torch
         from PIL import Image
 
-        from training.engine.step import moved
+        from model.moving import moved
 
         ((_, _, drawn),) = engine.frozen["ema"](moved(self.crops, engine.device))
         if self.run.writes:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from model.moving import moved
 from model.packing import ModelInputs, patchify, token_size, unpatchify
 from model.sampling.guidance import Condition, Guidance
 from model.sampling.schedule import FixedSchedule, Schedule, View
@@ -37,7 +38,7 @@ class Request:
     """eps(k, shape): the standard normal of the k-th step; needed where steps are random."""
 
     def to(self, device: torch.device | str) -> "Request":
-        return replace(self, condition=self.condition.to(device), noise=self.noise.to(device))
+        return moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Transition:
 
     def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [L, C] and standard deviation [L, 1] of the step of a policy whose model answered `output`."""
-        sigma, sigma_next = (self.guidance.per_token(s.to(self.x.device)) for s in (self.sigma, self.sigma_next))
+        sigma, sigma_next = (self.guidance.per_token(moved(s, self.x.device)) for s in (self.sigma, self.sigma_next))
         return self.step.moments(self.x, self.guidance.combine(output.float()), sigma, sigma_next)
 
     def mean_log_prob(self, mean: Tensor, std: Tensor) -> Tensor:
@@ -159,14 +160,14 @@ class Sampler:
             v = guidance.combine(velocity(inputs).float())
             sigma_next = walk(View(k, going, sigma, x, v, guidance))
             step = self.step.at(k)
-            before, after = (guidance.per_token(s.to(x.device)) for s in (sigma, sigma_next))
+            before, after = (guidance.per_token(moved(s, x.device)) for s in (sigma, sigma_next))
             mean, std = step.moments(x, v, before, after)
             x_next = mean
             if step.random and sigma_next.any():  # the last step is never random
                 numbers = tuple(pack[i] for i in going)
                 parts = zip(numbers, guidance.split(mean), strict=True)
                 eps = torch.cat([requests[n].eps(k, tuple(part.shape)) for n, part in parts])
-                x_next = mean + std * eps.to(mean.device)
+                x_next = mean + std * moved(eps, mean.device)
                 made = Transition(numbers, guidance, step, x, x_next, sigma, sigma_next, mean, sigma)
                 transitions.append(replace(made, log_prob=made.mean_log_prob(mean, std)))
             x, sigma, k = x_next, sigma_next, k + 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.moving import moved
 from model.packing import ModelInputs, Pack, SampleShape, Size, patchify, token_size
 
 
@@ -23,8 +24,7 @@ class Condition:
     """Latents [C, 1, h, w] of the pictures to edit."""
 
     def to(self, device: torch.device | str) -> "Condition":
-        empty = None if self.txt_empty is None else self.txt_empty.to(device)
-        return Condition(self.txt.to(device), empty, tuple(r.to(device) for r in self.references))
+        return moved(self, device)
 
 
 class Guidance:
@@ -60,7 +60,7 @@ class Guidance:
         levels, row = torch.unique(sigma.cpu(), return_inverse=True)
         copies = 2 if self.guided else 1
         img = _fill([x] * copies + self._references, len(self.pack.img_pos))
-        return ModelInputs(img, self._txt, levels.to(x.device), self.pack, sigma_row=tuple(row.tolist()) * copies)
+        return ModelInputs(img, self._txt, moved(levels, x.device), self.pack, sigma_row=tuple(row.tolist()) * copies)
 
     def combine(self, output: Tensor) -> Tensor:
         """Guided velocity [L, C] from the model's output on `inputs`; differentiable through both branches."""
@@ -73,8 +73,8 @@ class Guidance:
 
     def per_token(self, values: Tensor) -> Tensor:
         """[S] -> [L, 1]: the value of each token's picture."""
-        lengths = torch.tensor(self.lengths, device=values.device)
-        return values.repeat_interleave(lengths)[:, None]
+        lengths = moved(torch.tensor(self.lengths), values.device)
+        return values.repeat_interleave(lengths, output_size=sum(self.lengths))[:, None]
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[L, ...] -> one piece a picture."""

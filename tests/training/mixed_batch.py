@@ -82,7 +82,7 @@ def reference_gradients(
                 draw = 2 * torch.rand(param.shape, generator=rounding, dtype=param.dtype) - 1
                 param.mul_(1 + draw * 2**-24)
     inputs, target = VelocityMSE().prepare(batch, Randomness(7), align=16)
-    with mock.patch("model.layers.norm_rotate", _norm_rotate):
+    with mock.patch("model.fused.norm_rotate", _norm_rotate):
         output = model(inputs)
     assert output.dtype == torch.float64
     per_sample_mean((output - target) ** 2, inputs).mean().backward()

@@ -95,6 +95,25 @@ def test_one_layout_resumes_bit_for_bit(tmp_path: Path):
     assert run_world(1, load_and_save, source, tmp_path, {"again": (1, 1, False)})[0]["again"] == then
 
 
+def room_to_load(rank: int) -> tuple[int, int, int]:
+    """(bytes that a rank has ready to load optimizer state into, bytes of all of it, parameters cut by the border)."""
+    from training.engine import device
+
+    engine = filled(make_engine())
+    with device.megatron_region():
+        rooms = engine._saving._optimizer_room()["optimizer"]["param_state"]
+    ready = sum(tensor.data.nbytes for parts in rooms.values() for tensor in parts.values())
+    sizes = {n: p.numel() for n, p in engine.model.named_parameters() if p.requires_grad}
+    cut = sum(12 * sizes[n] for n, own in engine.shards.masters().items() if own.numel() < sizes[n])
+    return ready, 12 * sum(sizes.values()), cut
+
+
+def test_a_rank_has_room_for_the_optimizer_state_that_it_updates_and_no_more():
+    (a, whole, cut), (b, _, _) = run_world(2, room_to_load)
+    assert a + b == whole + cut and cut < 0.1 * whole
+    assert max(a, b) < 0.6 * whole
+
+
 def test_read_weights_in_one_process(tmp_path: Path):
     run_world(2, train_and_save, tmp_path / "checkpoints" / "step_00000002", (2, 1, True))
     tensors = stored(tmp_path / "checkpoints" / "step_00000002")

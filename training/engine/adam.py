@@ -44,7 +44,7 @@ class GroupAdamW(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [torch.tensor(float(t), device=params[0].device)] * len(params),
+            [torch.full((), float(t), device=params[0].device)] * len(params),
             lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
             amsgrad=False, maximize=False,
         )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from model.config import LoRAConfig
 
@@ -75,9 +77,10 @@ class EngineConfig:
     average_on_host: bool = False
     """Keep moving averages in the host's memory: a GPU has 4 bytes a weight more, a step takes longer."""
     attention: Literal["auto", "sdpa", "flash", "te"] = "auto"
-    """auto: Transformer Engine if installed, else torch's flash kernel, on CUDA; SDPA elsewhere."""
-    compile: bool = False
-    """torch.compile every block."""
+    """auto: on Hopper and later Transformer Engine if installed, else SDPA on cuDNN; on Ampere torch's flash kernel;
+    elsewhere SDPA."""
+    compile: Annotated[bool | None, tyro.conf.arg(constructor=bool)] = None
+    """torch.compile every block. Default: on CUDA, unless recomputation is selective."""
     recompute: Literal["none", "selective", "block"] = "none"
     """Recompute each block's activations in the backward pass instead of keeping them: selective keeps the results of
     matrix products and attention, and recomputes norms, modulation, rotation and GELU; block recomputes all."""
@@ -118,3 +121,8 @@ class EngineConfig:
             raise ValueError("blocks are swapped with a frozen base only: give --swap-blocks N with --quantize")
         if self.compile and self.recompute == "selective":
             raise ValueError("compiled blocks recompute what is cheap anyway: use recompute none or block with compile")
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether blocks are compiled for a device; unless told, those of plain layers are, on CUDA."""
+        plain = self.recompute != "selective" and self.quantize == "none"
+        return device_type == "cuda" and plain if self.compile is None else self.compile

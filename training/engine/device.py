@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ import cpu_math  # noqa: F401
 from training.engine.config import ParallelConfig
 
 CPU = torch.device("cpu")
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for its peers in a collective: one may be writing a checkpoint of hundreds of gigabytes, or
+drawing the last of its pictures."""
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -60,6 +64,8 @@ class Layout:
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     """Ranks that hold the same weights: data and context parallel."""
+    host_group: dist.ProcessGroup | None
+    """All ranks, over which the hosts exchange CPU tensors; None is the default group."""
 
 
 def start(parallel: ParallelConfig) -> Layout:
@@ -79,7 +85,7 @@ def start(parallel: ParallelConfig) -> Layout:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         alone = {} if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else _world_of_one()
-        dist.init_process_group(backend, device_id=device if cuda else None, **alone)
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=device if cuda else None, **alone)
     world, model = dist.get_world_size(), parallel.tp * parallel.cp
     if world % model:
         raise ValueError(
@@ -89,7 +95,11 @@ def start(parallel: ParallelConfig) -> Layout:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     with megatron_region():
-        parallel_state.initialize_model_parallel(parallel.tp, context_parallel_size=parallel.cp)
+        parallel_state.initialize_model_parallel(
+            parallel.tp,
+            context_parallel_size=parallel.cp,
+            distributed_timeout_minutes=int(PATIENCE.total_seconds() // 60),
+        )
     return Layout(
         device=device,
         rank=dist.get_rank(),
@@ -105,6 +115,7 @@ def start(parallel: ParallelConfig) -> Layout:
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        host_group=dist.new_group(timeout=PATIENCE, backend="gloo") if cuda else None,
     )
 
 

@@ -35,6 +35,7 @@ class FrozenPolicies(Mapping[str, Model]):
         """The copies that follow, this rank's slices in fp32."""
         self._policies: dict[str, FrozenPolicy] = {EMA: Following(ema_decay)}
         self._weights: dict[str, dict[str, Tensor]] = {}
+        self._caching = [m for m in model.modules() if "is_first_microbatch" in vars(m)]
 
     @torch.no_grad()
     def keep(self, name: str, policy: FrozenPolicy) -> None:
@@ -86,6 +87,15 @@ class FrozenPolicies(Mapping[str, Model]):
         device = next(self._model.parameters()).device
         return {n: w.to(device, self._dtype) for n, w in self._shards.gather(self.averages[name].average)}
 
+    def first_microbatch(self) -> None:
+        """Say that the model's weights differ from those of its last forward pass: layers that keep what they made of
+        them (Transformer Engine's, in fp8) make it anew."""
+        for layer in self._caching:
+            layer.is_first_microbatch = True
+
     @torch.no_grad()
     def _run(self, name: str, inputs: Any) -> Any:
-        return functional_call(self._model, self._weights[name], (inputs,))
+        self.first_microbatch()
+        output = functional_call(self._model, self._weights[name], (inputs,))
+        self.first_microbatch()
+        return output

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from megatron.core.extensions import transformer_engine
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
@@ -25,32 +26,46 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.attention import joint_attention, permute, varlen_attention
+from model.fused import HeadNorm
 from model.ops import Ops
 from model.packing import Pack
 from training.engine.device import Layout
 
 Attention = Callable[[Tensor, Tensor, Tensor, Pack], Tensor]
 """Attention within a pack's segments over q, k, v [L, H, K] in joint order."""
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
+"""SDPA's kernels on CUDA, the first that can is taken."""
+AMPERE, HOPPER = 8, 9
+"""Major compute capability of the first devices of these architectures."""
 
 
 class MegatronOps(Ops):
     """Layers of one rank of `layout`; `dtype` is that of weights and activations.
 
-    Both streams of a pack must be multiples of `align`, which `quantum` divides. Build the model inside
-    `megatron_region()`; its weights are uninitialised.
+    Both streams of a pack must be multiples of `align`, which `quantum` divides; every rank then has a multiple of
+    `token_multiple` of each (products in fp8 ask for 8 or more). `seen_by_aten` uses only kernels that torch's
+    dispatcher sees, as selective recomputation must. Build the model inside `megatron_region()`; its weights are
+    uninitialised.
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, attention: str = "auto", quantum: int = 16):
-        self.layout, self.dtype = layout, dtype
-        self.align = math.lcm(layout.tp_size * layout.cp_size, quantum)
+    def __init__(
+        self, layout: Layout, dtype: torch.dtype, attention: str = "auto", quantum: int = 16,
+        token_multiple: int = 1, seen_by_aten: bool = False,
+    ):  # fmt: skip
+        self.layout, self.dtype, self.token_multiple = layout, dtype, token_multiple
+        self.align = math.lcm(layout.tp_size * layout.cp_size * token_multiple, quantum)
         self.shards = layout.cp_size * (layout.tp_size if layout.sp else 1)
         self.heads_divisor = layout.tp_size * layout.cp_size
         self.config = megatron_config(layout, dtype)
         self.unsplit_config = megatron_config(layout, dtype, sp=False)
-        self.column_class, self.row_class = linear_classes(layout)
-        self.varlen_attention = attention_backend(attention, layout, dtype)
+        self.column_class, self.row_class = linear_classes(layout, seen_by_aten)
+        attention = choose_attention(attention, layout, dtype, seen_by_aten)
+        self.varlen_attention = attention_backend(attention, layout.device.type)
 
     def column(self, in_features: int, out_features: int) -> nn.Module:
         if self.layout.tp_size == 1:
@@ -77,10 +92,12 @@ class MegatronOps(Ops):
         return self._parallel(layer, in_features, out_features, self.unsplit_config, gather_output=False)
 
     def token_norm(self, dim: int, eps: float) -> nn.Module:
-        return self._partial(self._norm(dim, eps), self.layout.sp)
+        norm = nn.RMSNorm(dim, eps=eps, device=self.layout.device, dtype=self.dtype)
+        return self._partial(norm, self.layout.sp)
 
     def head_norm(self, dim: int, eps: float) -> nn.Module:
-        return self._partial(self._norm(dim, eps), self.layout.tp_size > 1)
+        norm = HeadNorm(dim, eps=eps, device=self.layout.device, dtype=self.dtype)
+        return self._partial(norm, self.layout.tp_size > 1)
 
     def shard_tokens(self, x: Tensor) -> Tensor:
         x = self.shard_context(x)
@@ -120,9 +137,6 @@ class MegatronOps(Ops):
 
     def _linear(self, in_features: int, out_features: int) -> nn.Linear:
         return nn.Linear(in_features, out_features, device=self.layout.device, dtype=self.dtype)
-
-    def _norm(self, dim: int, eps: float) -> nn.RMSNorm:
-        return nn.RMSNorm(dim, eps=eps, device=self.layout.device, dtype=self.dtype)
 
     def _partial(self, module: nn.Module, partial: bool) -> nn.Module:
         for param in module.parameters():
@@ -205,27 +219,44 @@ def megatron_config(layout: Layout, dtype: torch.dtype, sp: bool | None = None) 
     )
 
 
-def linear_classes(layout: Layout) -> tuple[type, type]:
-    """(column, row): Transformer Engine's on CUDA if it is installed, else Megatron's own."""
-    if layout.device.type == "cuda":
-        try:
-            from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
-        except ImportError:
-            return Column, Row
-        return type("TEColumn", (_FirstOutput, TEColumnParallelLinear), {}), type(
-            "TERow", (_FirstOutput, TERowParallelLinear), {}
+def linear_classes(layout: Layout, seen_by_aten: bool = False) -> tuple[type, type]:
+    """(column, row) of tensor-parallel ranks: Transformer Engine's on CUDA if it is installed, else Megatron's own.
+
+    Without Transformer Engine its classes can be imported all the same, as mocks: Megatron says which they are.
+    """
+    if layout.device.type != "cuda" or layout.tp_size == 1 or seen_by_aten or not transformer_engine.HAVE_TE:
+        return Column, Row
+    return type("TEColumn", (_FirstOutput, transformer_engine.TEColumnParallelLinear), {}), type(
+        "TERow", (_FirstOutput, transformer_engine.TERowParallelLinear), {}
+    )
+
+
+def choose_attention(name: str, layout: Layout, dtype: torch.dtype, seen_by_aten: bool = False) -> str:
+    """The backend that "auto" stands for; others stand for themselves.
+
+    On Hopper and later Transformer Engine's `thd` kernels, which run on cuDNN, or else SDPA, which takes cuDNN first;
+    before that torch's flash kernel, for there `thd` falls back to a product of all tokens with all. ValueError for
+    Transformer Engine where `seen_by_aten` is asked for.
+    """
+    if name == "te" and seen_by_aten:
+        raise ValueError(
+            "selective recomputation does not see Transformer Engine's attention, and would run it twice: "
+            "take --recompute block, or --attention auto, sdpa or flash"
         )
-    return Column, Row
+    if name != "auto":
+        return name
+    if layout.device.type != "cuda" or dtype != torch.bfloat16:
+        return "sdpa"
+    major, _ = torch.cuda.get_device_capability(layout.device)
+    if major >= HOPPER:
+        return "te" if transformer_engine.HAVE_TE and not seen_by_aten else "sdpa"
+    return "flash" if major >= AMPERE else "sdpa"
 
 
-def attention_backend(name: str, layout: Layout, dtype: torch.dtype) -> Attention:
+def attention_backend(name: str, device_type: str) -> Attention:
     """Attention over the segments of a pack by SDPA, torch's flash kernel, or Transformer Engine (`thd`)."""
-    if name == "auto":
-        name = "sdpa"
-        if layout.device.type == "cuda" and dtype == torch.bfloat16:
-            name = "te" if _installed("transformer_engine") else "flash"
     if name == "sdpa":
-        return varlen_attention
+        return _cudnn_first if device_type == "cuda" else varlen_attention
     if name == "flash":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -249,10 +280,9 @@ def attention_backend(name: str, layout: Layout, dtype: torch.dtype) -> Attentio
     return attend
 
 
-def _installed(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
+def _cudnn_first(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
+    with sdpa_kernel(SDPA_ORDER, set_priority=True):
+        return varlen_attention(q, k, v, pack)
 
 
 def _exchange_tokens_for_heads(x: Tensor, cp: int, group) -> Tensor:

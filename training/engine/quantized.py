@@ -213,13 +213,13 @@ class QuantizedOps(MegatronOps):
 
     def __init__(
         self, kind: str, layout: Layout, dtype: torch.dtype, attention: str = "auto", quantum: int = 16,
-        storage: torch.device | None = None,
+        storage: torch.device | None = None, seen_by_aten: bool = False,
     ):  # fmt: skip
         if layout.tp_size > 1:
             raise ValueError(f"a base in {kind} has no tensor-parallel form: train with --tp 1, or without --quantize")
         if kind not in FORMATS:
             raise ValueError(f"there is no format {kind!r}; choose {', '.join(FORMATS)}")
-        super().__init__(layout, dtype, attention, quantum)
+        super().__init__(layout, dtype, attention, quantum, seen_by_aten=seen_by_aten)
         self.format, self.storage = FORMATS[kind](), storage or layout.device
         if self.storage.type != "meta":
             self.format.library  # noqa: B018 - so that a missing one is known before anything is read

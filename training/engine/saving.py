@@ -38,6 +38,11 @@ from training.engine.shards import Shards
 LEAN_PARAMETERS = 10**9
 """From so many parameters a rank, one rank of each data-parallel group gathers optimizer state instead of all."""
 
+SHARDING = "fully_reshardable"
+"""Megatron's name of the format of optimizer state."""
+STATE_PARTS = ("param", "exp_avg", "exp_avg_sq")
+"""Of a parameter's state, each fp32 and in its shape."""
+
 
 class _InProcessSave(TorchDistSaveShardedStrategy):
     """Writes from this process; Megatron's own forks writers and spawns a manager, unsafe beside CUDA and threads."""
@@ -75,7 +80,7 @@ class Saving:
             strategy = FullyParallelSaveStrategyWrapper(strategy, layout.dp_cp_group)
         with megatron_region():
             averages = {_prefix(name): self._whole(name) for name in self.averages}
-            state = {**self._weights(), **self._optimizer(loading=False), **averages}
+            state = {**self._weights(), **self._optimizer(), **averages}
             dist_checkpointing.save(state, str(temporary), sharded_strategy=strategy)
 
         mine = sorted(p.name for p in temporary.glob(f"__{layout.rank}_*"))
@@ -106,9 +111,7 @@ class Saving:
             raise ValueError(f"checkpoint {folder} holds no copy of the frozen policy {', '.join(missing)}")
         with megatron_region():
             averages = {_prefix(name): self._room(name) for name in self.averages}
-            state = dist_checkpointing.load(
-                {**self._weights(), **self._optimizer(loading=True), **averages}, str(folder)
-            )
+            state = dist_checkpointing.load({**self._weights(), **self._optimizer_room(), **averages}, str(folder))
             self._fill(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         for name, average in self.averages.items():
@@ -186,16 +189,33 @@ class Saving:
         saved = {n: p for n, p in self.model.named_parameters() if self.lora is None or p.requires_grad}
         return {"model": {n: self._sharded(f"model.{n}", p, p) for n, p in saved.items()}}
 
-    def _optimizer(self, loading: bool) -> dict[str, Any]:
+    def _optimizer(self) -> dict[str, Any]:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_sharding_type": SHARDING,
             "distrib_optim_fully_reshardable_mem_efficient": trainable >= LEAN_PARAMETERS,
         }
-        state = self.optimizer.sharded_state_dict(self._weights(), is_loading=loading, metadata=metadata)
+        state = self.optimizer.sharded_state_dict(self._weights(), metadata=metadata)
         if state["param_state"] is None:  # gathered on another rank
             state["param_state"] = {}
         return {"optimizer": state}
+
+    def _optimizer_room(self) -> dict[str, Any]:
+        """Room for the state of every parameter of which this rank holds a slice, as `_optimizer` stores it.
+
+        Megatron's own has room for all parameters on every rank: 12 bytes each, in host memory.
+        """
+        optimizer, mine = self.optimizer, self.shards.masters()
+        whole = optimizer.state_dict()
+        optimizer.load_state_dict(optimizer.state_dict())  # makes the slices' state, if there is none yet
+        names = {param: name for name, param in self.model.named_parameters()}
+        order = [names[param] for buffer in optimizer.buffers for param in buffer.param_index_map]
+        state = {
+            i: {part: self._own_room(f"optimizer.state.{part}.model.{name}", name) for part in STATE_PARTS}
+            for i, name in enumerate(order)
+            if name in mine
+        }
+        return {"optimizer": {**whole, "param_state": state, "param_state_sharding_type": SHARDING}}
 
     def _whole(self, average: str) -> dict[str, ShardedTensor]:
         """Whole averages, each kept by one rank of those that share it, in host memory."""
@@ -208,13 +228,14 @@ class Saving:
 
     def _room(self, average: str) -> dict[str, ShardedTensor]:
         """Room for every average of which this rank holds a slice."""
-        rooms = {}
-        for name in self.averages[average].average:
-            param, (start, _) = self.model.get_parameter(name), self.shards.range_of(name)
-            room = torch.empty(param.shape, dtype=torch.float32)
-            replica = 0 if start == 0 else 1 + self.layout.dp_cp_group.rank()
-            rooms[name] = self._sharded(f"{_prefix(average)}.{name}", param, room, replica)
-        return rooms
+        prefix = _prefix(average)
+        return {name: self._own_room(f"{prefix}.{name}", name) for name in self.averages[average].average}
+
+    def _own_room(self, key: str, name: str) -> ShardedTensor:
+        """Room for a whole fp32 tensor like a parameter of which this rank holds a slice."""
+        param, (start, _) = self.model.get_parameter(name), self.shards.range_of(name)
+        replica = 0 if start == 0 else 1 + self.layout.dp_cp_group.rank()
+        return self._sharded(key, param, torch.empty(param.shape, dtype=torch.float32), replica)
 
 
 def _prefix(average: str) -> str:

@@ -6,7 +6,7 @@ context-parallel peers are given the same microbatches and compute the same loss
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from model.lora import Adapters, add_adapters, initialize_adapters, load_adapters
 from model.mmdit import MMDiT
+from model.moving import moved, pinned
 from model.ops import Ops, fill_weight
-from training.algorithm import Algorithm
+from training.ahead import one_ahead
+from training.algorithm import Algorithm, Prepared
 from training.ema import ramped
-from training.engine import adam, checkpoint, device, muon
+from training.engine import adam, checkpoint, clipping, device, muon
 from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig
 from training.engine.frozen import FrozenPolicies
@@ -63,6 +65,8 @@ class Engine:
         self.dp_rank, self.dp_size = layout.dp_rank, layout.dp_size
         dtype = config.dtype if config.dtype != "auto" else "bfloat16" if layout.device.type == "cuda" else "float32"
         self.dtype = DTYPES[dtype]
+        self.runs_ahead = layout.device.type == "cuda"
+        """Whether a thread prepares microbatches beforehand: where it does not take cores from the model."""
         self.ops = self._ops()
         self.align = self.ops.align
         with device.megatron_region():
@@ -72,7 +76,7 @@ class Engine:
             self.model.to(self.device, self.dtype)
             if config.lora is not None:
                 add_adapters(self.model, config.lora)
-            prepare_blocks(self.model, config.compile, config.recompute)
+            prepare_blocks(self.model, config.compiles(self.device.type), config.recompute)
             self._ddp, self.optimizer = self._wrap()
         self.shards = Shards(self._ddp, self.optimizer)
         if config.optimizer.muon_lr is not None:
@@ -121,7 +125,17 @@ class Engine:
 
     # Steps
 
-    def step(self, algorithm: Algorithm, microbatches: list[list[Any]], rng: Randomness) -> dict[str, float]:
+    def prepare(self, algorithm: Algorithm, batch: list[Any], rng: Randomness) -> Prepared:
+        """A microbatch as `step` takes it; touches no model, so that another thread may do it beforehand."""
+        ready = algorithm.prepare(batch, rng, self.align)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has a device of its own
+            ready = pinned(ready)
+        return Prepared(*ready)
+
+    def step(
+        self, algorithm: Algorithm, microbatches: Sequence[list[Any] | Prepared], rng: Randomness
+    ) -> dict[str, float]:
         """One update from this data-parallel rank's microbatches; returns metrics, equal on all ranks.
 
         Metrics: the algorithm's (averages over the weight), `grad_norm` (before clipping), `lr`, `samples` (weight of
@@ -130,30 +144,49 @@ class Engine:
         totals = self.backward(algorithm, microbatches, rng)
         return self.update(totals)
 
-    def backward(self, algorithm: Algorithm, microbatches: list[list[Any]], rng: Randomness) -> dict[str, float]:
-        """Sum the gradient over microbatches and ranks, unscaled; returns the summed `weight`, `loss` and metrics."""
+    def backward(
+        self, algorithm: Algorithm, microbatches: Sequence[list[Any] | Prepared], rng: Randomness
+    ) -> dict[str, Tensor]:
+        """Sum the gradient over microbatches and ranks, unscaled; returns the summed `_weight`, `_loss` and metrics,
+        fp64 scalars on the device."""
         if not microbatches:
             raise ValueError("every rank needs at least one microbatch a step")
         self._ddp.zero_grad_buffer()
+        self.frozen.first_microbatch()
         totals: dict[str, Tensor] = {}
-        for i, batch in enumerate(microbatches):
-            inputs, aux = (moved(x, self.device) for x in algorithm.prepare(batch, rng, self.align))
+        for i, ready in enumerate(self._prepared(algorithm, microbatches, rng)):
+            inputs, aux = moved((ready.inputs, ready.aux), self.device)
             with nullcontext() if i == len(microbatches) - 1 else self._ddp.no_sync():
                 loss, weight, metrics = algorithm.loss(self._ddp, self.frozen, inputs, aux)
                 loss.backward()
             for name, value in {**metrics, "_loss": loss.detach(), "_weight": weight}.items():
-                totals[name] = totals.get(name, 0) + torch.as_tensor(value, dtype=torch.float64, device=self.device)
+                totals[name] = totals.get(name, 0) + self._scalar(value)
         with device.megatron_region():
             self._ddp.finish_grad_sync()
             self._sum_partial_gradients()
         names = sorted(totals)
         values = torch.stack([totals[n] for n in names])
         dist.all_reduce(values, group=self.layout.dp_group)
-        return dict(zip(names, values.tolist(), strict=True))
+        return dict(zip(names, values.unbind(), strict=True))
 
-    def update(self, totals: dict[str, float]) -> dict[str, float]:
-        """Scale, clip and apply the gradient of `backward`; see `step` for what it returns."""
-        weight, loss = totals.pop("_weight"), totals.pop("_loss")
+    def _prepared(
+        self, algorithm: Algorithm, microbatches: Sequence[list[Any] | Prepared], rng: Randomness
+    ) -> Iterator[Prepared]:
+        prepare = lambda batch: batch if isinstance(batch, Prepared) else self.prepare(algorithm, batch, rng)  # noqa: E731
+        return one_ahead(prepare, microbatches) if self.runs_ahead else map(prepare, microbatches)
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        """fp64 on the device; a number goes there as an argument of a kernel, for which nobody waits."""
+        if isinstance(value, Tensor):
+            return moved(value.double(), self.device)
+        return torch.full((), value, dtype=torch.float64, device=self.device)
+
+    def update(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Scale, clip and apply the gradient of `backward`; see `step` for what it returns.
+
+        The device is read once, before the update is queued: while it works at the update, the host logs the step and
+        queues the next.
+        """
         optimizer, settings = self.optimizer, self.config.optimizer
         lr = settings.learning_rate(self.step_count, self.total_steps)
         of_muon = dataclasses.replace(settings, lr=settings.muon_lr or 0.0)
@@ -164,24 +197,28 @@ class Engine:
                 lr=muon_lr if group[muon.MARK] else lr, weight_decay=decay, betas=settings.betas, eps=settings.eps
             )
         with device.megatron_region():
-            self._ddp.scale_gradients(1 / weight if weight else math.nan)
+            self._ddp.scale_gradients((1 / totals["_weight"]).float())
             optimizer.prepare_grads()
-            grad_norm = optimizer.clip_grad_norm(settings.clip)
-            if self.any_rank(not (math.isfinite(loss) and math.isfinite(grad_norm))):
+            values = torch.stack([*totals.values(), *clipping.squared_norm(optimizer, totals["_loss"])])
+            *sums, squared, not_finite = values.tolist()
+            totals, grad_norm = dict(zip(totals, sums, strict=True)), squared**0.5
+            if not_finite or not math.isfinite(grad_norm):
                 self.skipped += 1
             else:
+                clipping.clip(optimizer, settings.clip, grad_norm)
                 optimizer.step_with_ready_grads()
                 self.frozen.policy_changed()
         self.step_count += 1
-        means = {name: value / weight if weight else math.nan for name, value in totals.items()}
+        weight = totals["_weight"]
+        means = {n: value / weight if weight else math.nan for n, value in totals.items() if not n.startswith("_")}
         return {**means, "grad_norm": grad_norm, "lr": lr, "samples": weight, "skipped": float(self.skipped)}
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Whether the flag is set on any rank; the device is not asked."""
         if self.world_size == 1:
             return flag
-        value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        value = torch.tensor(float(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.layout.host_group)
         return bool(value.item())
 
     def _sum_partial_gradients(self) -> None:
@@ -235,11 +272,14 @@ class Engine:
         device.stop()
 
     def _ops(self) -> MegatronOps:
-        config, quantum = self.config, COMPILED_QUANTUM if self.config.compile else 16
+        config = self.config
+        quantum = COMPILED_QUANTUM if config.compiles(self.device.type) else 16
+        common = (self.layout, self.dtype, config.attention, quantum)
+        selective = config.recompute == "selective"
         if config.quantize == "none":
-            return MegatronOps(self.layout, self.dtype, config.attention, quantum)
+            return MegatronOps(*common, seen_by_aten=selective)
         storage = torch.device("cpu") if config.swap_blocks else self.device
-        return QuantizedOps(config.quantize, self.layout, self.dtype, config.attention, quantum, storage)
+        return QuantizedOps(config.quantize, *common, storage=storage, seen_by_aten=selective)
 
     def _wrap(self) -> tuple[DistributedDataParallel, DistributedOptimizer]:
         settings, bf16 = self.config.optimizer, self.dtype == torch.bfloat16
@@ -261,13 +301,3 @@ class Engine:
         )  # fmt: skip
         groups = None if settings.muon_lr is None else muon.own_group(optimizer_config)
         return ddp, get_megatron_optimizer(optimizer_config, [ddp], groups).chained_optimizers[0]
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """A tensor, or a dataclass or tuple of tensors and things that can move, on `device`; anything else as it is."""
-    if hasattr(value, "to"):
-        return value.to(device)
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return tuple(moved(v, device) for v in value) if isinstance(value, tuple) else value

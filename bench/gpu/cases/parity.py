@@ -36,7 +36,7 @@ def attention(device, heads: int, dim: int, lengths: tuple[int, ...]) -> tuple:
     backends = {}
     for name in ("sdpa", "flash", "te"):
         try:
-            backend = attention_backend(name, None, torch.bfloat16)
+            backend = attention_backend(name, device.type)
             backends[name] = lambda q, k, v, backend=backend: backend(q, k, v, pack)
         except ImportError as missing:
             backends[name] = str(missing)
