@@ -1,7 +1,7 @@
 """The plan's figures against what torch, Megatron and others' models count."""
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,18 +232,16 @@ def test_what_fits_in_no_layout_is_told_what_would_do():
     assert any(remedy.startswith("8 x H100 (") for remedy in remedies(given, card))
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithAdapters(EngineConfig):
-    lora: LoRAConfig = LoRAConfig(rank=64)
-    quantize: str = "nf4"
-
-
 def test_adapters_on_a_quantised_base_fit_where_all_weights_do_not():
     given, card = setting(4, "RTX4090")
-    adapted = replace(given, engine=WithAdapters(), max_tokens=4352)
-    assert not list(layouts(replace(given, max_tokens=4352), card))
+    given = replace(given, max_tokens=4352, work=replace(given.work, encodes=False))
+    adapted = replace(given, engine=EngineConfig(lora_rank=64, quantize="nf4"))
+    assert not list(layouts(given, card))
     fitting = {s.weights.quantize for s in layouts(adapted, card)}
     assert "nf4" in fitting and "none" not in fitting
+    assert not list(layouts(replace(adapted, work=replace(given.work, encodes=True)), card))  # the text encoder, too
+    away = replace(adapted, engine=replace(adapted.engine, swap_blocks=32))
+    assert memory(away).total < memory(adapted).total - 4 * 2**30
     assert memory(adapted).always["weights"] == pytest.approx(0.516 * 20.43e9 + 0.28e9, rel=0.02)
 
 

@@ -66,13 +66,12 @@ class Place:
         return self.device == "cpu" and self.size == 2 and batch.img + batch.txt <= LONGEST_PRODUCT
 
     def rows(self, batch: Microbatch, stream: Literal["img", "txt", "out"]) -> Literal["samples", "runs", "product"]:
-        """How a stream takes its modulation rows: see `model.fused.Rows` (each, runs, one_hot). Pictures in the blocks
-        never are taken by samples, for references, be there none, count as runs of another length."""
+        """How a stream takes its modulation rows: see `model.fused.Rows` (each, runs, one_hot)."""
         if self.sp or self.parallel.cp > 1:
             return "product"
         if (batch.txt if stream == "txt" else batch.img) >= SHORT_RUN:
             return "runs"
-        return "samples" if self.device == "cpu" and batch.samples > 1 and stream != "img" else "product"
+        return "samples" if self.device == "cpu" and batch.samples > 1 else "product"
 
 
 @dataclass(frozen=True)
