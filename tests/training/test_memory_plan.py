@@ -233,7 +233,7 @@ def test_what_fits_in_no_layout_is_told_what_would_do():
 
 
 def test_adapters_on_a_quantised_base_fit_where_all_weights_do_not():
-    given, card = setting(4, "RTX4090")
+    given, card = setting(1, "RTX4090")
     given = replace(given, max_tokens=4352, work=replace(given.work, encodes=False))
     adapted = replace(given, engine=EngineConfig(lora_rank=64, quantize="nf4"))
     assert not list(layouts(given, card))
