@@ -171,7 +171,8 @@ def _flags(setting: Setting) -> str:
     words += ["--sp"] * setting.place.sp + [f"--cp {parallel.cp}"] * (parallel.cp > 1)
     words += [f"--recompute {engine.recompute}"] * (engine.recompute != "none")
     words += ["--average-on-host"] * engine.average_on_host
-    words += [f"--quantize {setting.weights.quantize}"] * (setting.weights.quantize != "none")
+    words += [f"--quantize {engine.quantize}"] * (engine.quantize != "none")
+    words += [f"--swap-blocks {engine.swap_blocks}"] * (engine.swap_blocks > 0)
     return " ".join(words) or "no flags"
 
 

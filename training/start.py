@@ -98,9 +98,10 @@ class RunConfig:
 
     def for_adapters(self, model: MMDiTConfig) -> Self:
         """This recipe with adapters in place of weights: on one device, at a rate of their own."""
-        engine = self.engine
-        faster = replace(engine.optimizer, lr=ADAPTERS_RATE * engine.optimizer.lr)
-        engine = replace(engine, parallel=ParallelConfig(), optimizer=faster, average_on_host=False)
+        faster = replace(self.engine.optimizer, lr=ADAPTERS_RATE * self.engine.optimizer.lr)
+        engine = replace(self.engine, parallel=ParallelConfig(), optimizer=faster, average_on_host=False)
+        if model.num_parameters >= LARGE_PARAMETERS:
+            engine = replace(engine, recompute="block")
         return replace(self, engine=engine)
 
     def completed(self) -> Self:

@@ -1,0 +1,37 @@
+"""The recipes of docs/gpu.md are commands that run, and fit on the cards that they name."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROW = re.compile(r"\| ([^|]*?) \| `((?:python|torchrun) [^`]*)` \| ([\d.]+) of ([\d.]+)")
+RECIPES = [
+    (card, command, needed, of)
+    for cards, command, needed, of in ROW.findall((ROOT / "docs" / "gpu.md").read_text())
+    for card in re.findall(r"\d+x\w+", cards)
+]
+
+
+def test_there_are_recipes_for_every_size_of_card():
+    cards = {card for card, *_ in RECIPES}
+    assert cards == {"1xRTX3060", "1xRTX4080", "1xRTX4090", "1xRTX3090", "1xL40S", "1xH100", "8xH100", "64xH100"}
+
+
+@pytest.mark.parametrize("card, command, needed, of", RECIPES, ids=[f"{c}-{i}" for i, (c, *_) in enumerate(RECIPES)])
+def test_a_recipe_fits_as_it_is_written(card, command, needed, of, tmp_path):
+    for name in ("FOLDER", "DATA", "PROMPTS"):
+        (tmp_path / name).mkdir()
+        command = re.sub(rf"\b{name}\b", str(tmp_path / name), command)
+    words = re.sub(r"^(python|torchrun( --n\S+ \d+)+)", "", command).split()
+    done = subprocess.run(
+        [sys.executable, *words, "--dry-run", "--gpu", card], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"memory +([\d.]+) GiB of ([\d.]+)", done.stdout)
+    assert found.groups() == (needed, of) and "does not fit" not in done.stdout, done.stdout
