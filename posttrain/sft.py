@@ -34,6 +34,8 @@ class Config(DataConfig):
     was trained on; for the shipped base, the demo's, made if missing."""
     pictures: Path | None = None
     """In place of --data: a folder of pictures with captions (NAME.txt beside each), which are encoded first."""
+    skip_bad: bool = False
+    """Leave out of --pictures what cannot be used."""
     size_px: int | None = None
     """Side of the square whose area --pictures get, a multiple of 16. Default: what --init was trained at."""
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=lambda: LoopConfig(10_000, save_every=500))
@@ -70,7 +72,8 @@ class Config(DataConfig):
         side = picture_side(config.size_px, config.source)
         encoded = config.out / "data" / f"encoded-{side}"
         if not config.dry_run:
-            encoded = encode_pictures(config.pictures, config.components, side, config.out / "data")
+            more = ("--skip-bad",) if config.skip_bad else ()
+            encoded = encode_pictures(config.pictures, config.components, side, config.out / "data", *more)
         return replace(config, data=(encoded,), size_px=side, validation=None)
 
     def side_px(self) -> int:

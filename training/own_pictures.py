@@ -14,10 +14,10 @@ NOTE = "pictures.json"
 """File that says which pictures have been encoded, written when they all are."""
 
 
-def encode_pictures(pictures: Path, components: Path, side_px: int, out: Path) -> Path:
+def encode_pictures(pictures: Path, components: Path, side_px: int, out: Path, *flags: str) -> Path:
     """The encoded data set of a folder's pictures, below `out`; rank 0 makes what is missing, the others wait for it.
 
-    UserError for a folder that is none.
+    `flags` are more of `data_pipeline/ingest.py`. UserError for a folder that is none.
     """
     if not pictures.is_dir():
         raise UserError(
@@ -27,7 +27,7 @@ def encode_pictures(pictures: Path, components: Path, side_px: int, out: Path) -
     wanted = {"folder": str(pictures.resolve()), "side_px": side_px, "files": stamp(pictures)}
     if os.environ.get("RANK", "0") == "0" and _noted(note) != wanted:
         note.unlink(missing_ok=True)
-        run_script("data_pipeline/ingest.py", "--data", pictures, "--out", raw)
+        run_script("data_pipeline/ingest.py", "--data", pictures, "--out", raw, *flags)
         where = ("--data", raw, "--components", components, "--res", side_px, "--out", encoded)
         run_script("data_pipeline/produce.py", *where)
         write_json(note, wanted)

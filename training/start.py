@@ -114,7 +114,9 @@ class RunConfig:
         components = self.components or source.components()
         if source.lora is not None:
             if engine.lora not in (None, source.lora):
-                raise UserError(f"{source.path} holds other adapters ({source.lora}): leave out --lora-*, they go on")
+                raise UserError(
+                    f"{source.path} holds other adapters, of rank {source.lora.rank}: leave out --lora-*, they go on"
+                )
             engine = engine.with_lora(source.lora)
         if source.is_ours:
             source = look(source.checkpoint(thorough=False))
