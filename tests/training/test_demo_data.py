@@ -83,7 +83,7 @@ def test_a_data_set_without_its_shards_is_not_taken_for_one(begun: Path, monkeyp
         ran.append(script)
         (encoded / demo_data.SHARD).touch()
 
-    monkeypatch.setattr(demo_data, "_run", run)
+    monkeypatch.setattr(demo_data, "run_script", run)
     demo_data.demo_data(64)
     assert ran == ["data_pipeline/produce.py"]
 
@@ -94,7 +94,7 @@ def test_what_a_killed_process_began_dies_with_it(begun: Path):
         "import fcntl, time; file = open('held', 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
         "file.write('x'); file.flush(); time.sleep(600)"
     )
-    parent = start(f"demo_data._run({str(begun / 'slow.py')!r})")
+    parent = start(f"demo_data.run_script({str(begun / 'slow.py')!r})")
     wait_until(lambda: (begun / "held").exists() and (begun / "held").read_text())
     parent.kill()
     parent.wait()
