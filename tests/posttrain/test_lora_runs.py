@@ -85,6 +85,7 @@ def test_every_trainer_trains_adapters(name, settings, init, tmp_path):
     assert any(w.any() for n, w in weights.items() if n.endswith("lora.b.weight"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(init, pictures, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     settings = dict(init=init, pictures=pictures, batch_size=4, engine=LORA, held_out=2)
@@ -129,8 +130,8 @@ def load_peft(transformer, folder: Path):
     return PeftModel.from_pretrained(transformer, folder).base_model.model
 
 
-def test_adapters_go_on_from_a_run_and_from_a_file(tuned, init, pictures, tmp_path):
-    settings = dict(pictures=pictures, batch_size=4, held_out=2)
+def test_adapters_go_on_from_a_run_and_from_a_file(tuned, init, tmp_path):
+    settings = dict(data=(tuned / "data" / f"encoded-{SIZE_PX}",), batch_size=4, held_out=2)
     file = tmp_path / "lora"
     export.main(export.Config(tuned, file, lora="diffusers"))
     first = [
