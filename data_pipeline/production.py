@@ -15,6 +15,9 @@ from command_line import UserError, progress
 from data_pipeline.buckets import buckets
 from data_pipeline.stages import chosen_stages
 
+ROOM = 1.2
+"""Memory that encoding takes, in that of the text encoder's weights."""
+
 
 @dataclass(frozen=True)
 class Production:
@@ -111,7 +114,10 @@ def stages_of(config: Production) -> tuple:
 
 
 def load_encoder(config: Production):
-    """The networks on this process's GPU (text encoder in bf16), or on the CPU in fp32."""
+    """The networks on this process's GPU (text encoder in bf16), or on the CPU in fp32.
+
+    A text encoder for which the GPU has no room stays on the CPU, in bf16 as well.
+    """
     import torch
 
     from data_pipeline.encoding import Encoder
@@ -120,9 +126,18 @@ def load_encoder(config: Production):
 
     cuda = torch.cuda.is_available()
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}" if cuda else "cpu"
-    conditioner = Conditioner.from_folder(config.components, device, torch.bfloat16 if cuda else torch.float32)
+    reads_on = device
+    if cuda and not has_room(config.components / "text_encoder", torch.cuda.mem_get_info(device)[0]):
+        print(f"no room on {device} for the text encoder of {config.components}: captions are encoded on the CPU")
+        reads_on = "cpu"
+    conditioner = Conditioner.from_folder(config.components, reads_on, torch.bfloat16 if cuda else torch.float32)
     vae = VAE.from_folder(config.components, device)
     return Encoder(conditioner, vae, config.res, config.batch_size, config.decode_threads)
+
+
+def has_room(network: Path, free_bytes: int) -> bool:
+    """Whether a network, as it is stored in a folder, fits into so many bytes with room to compute."""
+    return ROOM * sum(file.stat().st_size for file in network.glob("*.safetensors")) < free_bytes
 
 
 def inline_filters(config: Production, stages: tuple):

@@ -1,4 +1,4 @@
-"""The recipes of docs/gpu.md are commands that run, and fit on the cards that they name."""
+"""The recipes of docs/gpu.md are commands that run, and fit on the cards that they name; so are README's lines."""
 
 import os
 import re
@@ -28,10 +28,24 @@ def test_a_recipe_fits_as_it_is_written(card, command, needed, of, tmp_path):
         (tmp_path / name).mkdir()
         command = re.sub(rf"\b{name}\b", str(tmp_path / name), command)
     words = re.sub(r"^(python|torchrun( --n\S+ \d+)+)", "", command).split()
-    done = subprocess.run(
-        [sys.executable, *words, "--dry-run", "--gpu", card], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    said = plan([*words, "--out", str(tmp_path / "run")], card)
+    found = re.search(r"memory +([\d.]+) GiB of ([\d.]+)", said)
+    assert found.groups() == (needed, of) and "does not fit" not in said, said
+
+
+@pytest.mark.parametrize("card, res", [("8xH100", "640"), ("128xH100", "1328")])
+def test_the_lines_of_the_readme_run_as_they_are_written(card, res, tmp_path):
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(rf"(pretrain/stage\.py --res {res} --preset qwen-image [^\n']*)", text)
+    words = [str(tmp_path / w.strip("/")) if w.startswith("/") else w for w in line.split()]
+    for word in (w for w in words if w.startswith(str(tmp_path))):
+        Path(word).mkdir(parents=True)
+    assert "does not fit" not in plan(words, card)
+
+
+def plan(words: list[str], card: str) -> str:
+    """What `--dry-run` of a command says for a card."""
+    command = [sys.executable, *words, "--dry-run", "--gpu", card]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
-    found = re.search(r"memory +([\d.]+) GiB of ([\d.]+)", done.stdout)
-    assert found.groups() == (needed, of) and "does not fit" not in done.stdout, done.stdout
+    return done.stdout

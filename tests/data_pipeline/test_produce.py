@@ -312,3 +312,12 @@ def test_bad_requests_end_in_one_line(tmp_path: Path, produce, components: Path)
         assert result.returncode == 2 and message in result.stderr, (message, result.stderr)
         assert "Traceback" not in result.stderr
     assert not json.loads((tmp_path / "out" / "shard-000000.record.json").read_text())["samples"]
+
+
+def test_a_network_that_the_card_has_no_room_for(tmp_path: Path):
+    from data_pipeline.production import ROOM, has_room
+
+    for part in range(2):
+        (tmp_path / f"model-{part}.safetensors").write_bytes(b"0" * 1000)
+    (tmp_path / "config.json").write_bytes(b"0" * 10**5)
+    assert has_room(tmp_path, int(2000 * ROOM) + 1) and not has_room(tmp_path, int(2000 * ROOM) - 1)

@@ -188,7 +188,7 @@ def test_the_recipe_of_the_large_model_fits_eight_gpus_of_80_gb(name: str, gpu: 
     trainer = importlib.import_module(f"posttrain.{name}").Config
     given = trainer.defaults(["--init", str(HUB), "--out", str(tmp_path)])
     data = {"data": (tmp_path,)} if name == "sft" else {}
-    config = replace(given, init=HUB, dry_run=True, gpu=gpu, **data).completed()
+    config = replace(given, init=HUB, out=tmp_path, dry_run=True, gpu=gpu, **data).completed()
     number, card = named(gpu)
     setting = setting_of(config, number, card)
     assert setting.model == PRESETS["qwen-image"] and setting.components[0] > 15e9  # the text encoder is there
