@@ -77,7 +77,9 @@ def load(
     else:
         load_transformer(found.base.folder, model)
     if found.lora is not None:
-        model.load_state_dict(merge(model.state_dict(), adapters(found, ema), found.lora.scale))
+        added = adapters(found, ema)
+        adapted = {name: model.get_parameter(name) for name in (f"{layer}.weight" for layer in added)}
+        model.load_state_dict(merge(adapted, added, found.lora.scale), strict=False)
     components = components or found.components()
     conditioner = Conditioner.from_folder(components, device, dtype)
     vae = VAE.from_folder(components, device, dtype)

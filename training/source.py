@@ -64,9 +64,9 @@ class Source:
     def lora(self) -> LoRAConfig | None:
         """Settings of the adapters; None if the weights are a model's."""
         if self.kind == "lora":
-            from model.diffusers_io.lora_files import read_settings
+            from model.diffusers_io.lora_files import read_adapters
 
-            return read_settings(self.path)
+            return read_adapters(self.path)[0]
         found = checkpoint.read_state(self.checkpoint(thorough=False)).get("lora") if self.is_ours else None
         return None if found is None else LoRAConfig(**found)
 

@@ -65,7 +65,7 @@ class RunConfig:
     dry_run: bool = False
     """Print the plan, do nothing."""
     gpu: str | None = None
-    """What to plan for, as in 8xH100 (A100, H100, H200, B200, RTX4090, RTX3090). Default: what is in this machine."""
+    """What to plan for, as in 8xH100 or 1xRTX4090 (`training/cost/cards.py`). Default: what is in this machine."""
 
     NAME: ClassVar[str] = "posttrain"
     MEASURES_FIRST: ClassVar[bool] = True

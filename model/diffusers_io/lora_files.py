@@ -87,11 +87,6 @@ def adapter_file(path: Path) -> Path:
     return file
 
 
-def read_settings(path: Path) -> LoRAConfig:
-    """Config of the adapters of a file or folder; see `read_adapters`."""
-    return read_adapters(path)[0]
-
-
 def read_base(path: Path) -> str | None:
     """The model that adapters say they belong to, a folder or a hub id; None if they don't."""
     from safetensors import safe_open

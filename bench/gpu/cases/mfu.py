@@ -6,15 +6,12 @@ Hopper both sides run the same attention: cuDNN's, by priority.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 
 from bench.gpu.measure import alternate, flat, here, matmul_flops
+from bench.gpu.twins import twins
 from model.config import PRESETS, MMDiTConfig
-from model.diffusers_io.names import to_diffusers
-from model.mmdit import MMDiT
 from model.packing import pack_inputs, patchify
 
 LAYERS, SIDE_PX, TXT = 4, 1328, 256
@@ -25,11 +22,7 @@ def case(tiny: bool) -> dict:
     side, txt = (8, 16) if tiny else (SIDE_PX // 16, TXT)
     torch.manual_seed(0)
     with here():
-        ours = MMDiT(shape).to(dtype)
-        for param in ours.parameters():
-            torch.nn.init.normal_(param, std=0.02)
-        theirs = QwenImageTransformer2DModel(**{k: v for k, v in asdict(shape).items() if k != "rope"}).to(dtype)
-        theirs.load_state_dict({to_diffusers(n): p.detach() for n, p in ours.named_parameters()})
+        ours, theirs = twins(shape, dtype)
         latent, text = torch.randn(16, 1, 2 * side, 2 * side), torch.randn(txt, shape.joint_attention_dim, dtype=dtype)
         sigma = torch.full((1,), 0.5)
     inputs = pack_inputs([latent], [text], sigma)

@@ -1,17 +1,14 @@
 """A batch of pictures of several sizes and prompts of several lengths: one pack, against diffusers with the same
 pictures in batches of one size, texts padded with a mask. Forward and backward, 20B width."""
 
-from dataclasses import asdict
 from itertools import groupby
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 
 from bench.gpu.cases.mfu import attention
 from bench.gpu.measure import alternate, flat, here
+from bench.gpu.twins import twins
 from model.config import PRESETS, MMDiTConfig
-from model.diffusers_io.names import to_diffusers
-from model.mmdit import MMDiT
 from model.packing import pack_inputs, patchify
 
 SIZES = [(80, 80), (64, 48), (64, 48), (40, 40), (40, 40), (40, 40), (32, 48), (32, 48)]
@@ -24,11 +21,7 @@ def case(tiny: bool) -> dict:
     sizes = [(h // 8 * 2, w // 8 * 2) for h, w in SIZES] if tiny else SIZES
     torch.manual_seed(0)
     with here():
-        ours = MMDiT(shape).to(dtype)
-        for param in ours.parameters():
-            torch.nn.init.normal_(param, std=0.02)
-        theirs = QwenImageTransformer2DModel(**{k: v for k, v in asdict(shape).items() if k != "rope"}).to(dtype)
-        theirs.load_state_dict({to_diffusers(n): p.detach() for n, p in ours.named_parameters()})
+        ours, theirs = twins(shape, dtype)
         latents = [torch.randn(16, 1, h, w) for h, w in sizes]
         texts = [torch.randn(n, shape.joint_attention_dim, dtype=dtype) for n in TEXTS]
         sigma = torch.linspace(0.2, 0.9, len(sizes))
