@@ -43,6 +43,7 @@ def train(out: Path, run: Path, samples: int, late_s: float = 0.0, pause_s: floa
     from training.engine.config import EngineConfig
     from training.engine.step import Engine
     from training.flow_matching import VelocityMSE
+    from training.flow_on_data import agreed_live
     from training.loop import LoopConfig
     from training.loop import train as loop
     from training.run_folder import RunFolder
@@ -65,7 +66,8 @@ def train(out: Path, run: Path, samples: int, late_s: float = 0.0, pause_s: floa
             return super().prepare(batch, rng, align)
 
     run.mkdir(exist_ok=True, parents=True)
-    batches = Loader(live.open_dataset((out,)), BATCH, engine.dp_rank, engine.dp_size, max_tokens=10**6)
+    data = live.open_dataset((out,), live=lambda folder: agreed_live(engine, folder))
+    batches = Loader(data, BATCH, engine.dp_rank, engine.dp_size, max_tokens=10**6)
     loop(engine, Noted(), batches, LoopConfig(steps, save_every=2), RunFolder(run, {}, writes=engine.rank == 0))
     batches.close()
     engine.close()
