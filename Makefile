@@ -43,7 +43,7 @@ demo: .venv/ready   ## the same line, long enough to learn something, about half
 	@$(HUGE) exec $(PY) demo/line.py --recipe demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: .venv/ready   ## the tests CI runs, at most 12 minutes on 2 cores
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 bare: .venv/ready   ## those of them that use the machine's fonts or Tesseract, with these hidden
 	@env PATH="$(CURDIR)/.venv/bin" XDG_DATA_DIRS=/nonexistent XDG_DATA_HOME=/nonexistent \
