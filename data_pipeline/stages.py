@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from command_line import UserError
 
-SYNTHETIC = ("text", "shapes", "square-shapes")
+SYNTHETIC = ("text", "shapes", "square-shapes", "neat-shapes")
 """Sources whose pictures are drawn: plain by design, so the filters for photographs don't apply."""
 
 

@@ -12,6 +12,7 @@ from data_pipeline.synthesis import edits, layouts, photos, pure, scenes, shapes
 from data_pipeline.synthesis.corpus import read_corpus
 from data_pipeline.synthesis.fonts import file_hashes, find_faces
 from data_pipeline.synthesis.full_captions import full_caption
+from data_pipeline.synthesis.neat_shapes import neatly
 from data_pipeline.synthesis.picture import Picture, draw_size, generator, to_sample
 from data_pipeline.synthesis.rare_characters import passages_showing_all, spread
 from data_pipeline.synthesis.templates import read_templates, template_files
@@ -50,9 +51,14 @@ def _square_shapes(rng: np.random.Generator, side: int, sources: Sources, passag
     return _draw_shapes(rng, (side, side))
 
 
-def _draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> Picture:
+def _neat_shapes(rng: np.random.Generator, side: int, sources: Sources, passage: None) -> Picture:
+    """For minutes of training: upright shapes of one size in the quarters of a square, in pure colours."""
+    return _draw_shapes(rng, (side, side), neatly)
+
+
+def _draw_shapes(rng: np.random.Generator, size: tuple[int, int], arrange: Callable = shapes_world.arrange) -> Picture:
     metadata = shapes_world.sample_prompt(rng, "train")
-    placed, name, background = shapes_world.arrange(metadata, rng, size)
+    placed, name, background = arrange(metadata, rng, size)
     caption = full_caption(metadata, placed, name, rng) if rng.random() < FULL_CAPTIONS else metadata["prompt"]
     return Picture(shapes_world.draw(placed, background, size), caption, record={"geneval": metadata})
 
@@ -83,6 +89,7 @@ KINDS: dict[str, Callable[[np.random.Generator, int, Sources, str | None], Pictu
     "layout": _layout,
     "edit": _edit,
     "square-shapes": _square_shapes,
+    "neat-shapes": _neat_shapes,
 }
 """Each takes random numbers, the side in pixels, the sources and, for text, a passage that must be shown."""
 WITH_TEXT = {"text", "scene", "layout", "edit"}

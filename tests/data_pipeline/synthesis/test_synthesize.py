@@ -19,7 +19,7 @@ pytestmark = pytest.mark.machine
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "data_pipeline/synthesize.py"
-ALL = "text,scene,layout,shapes,photo,edit,square-shapes"
+ALL = "text,scene,layout,shapes,photo,edit,square-shapes,neat-shapes"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -28,16 +28,16 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """42 samples of all kinds at 192 px by one process."""
+    """48 samples of all kinds at 192 px by one process."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    flags = ("--kinds", ALL, "--count", 42, "--size", 192, "--shard-size", 12, "--workers", 1, "--out", out)
+    flags = ("--kinds", ALL, "--count", 48, "--size", 192, "--shard-size", 12, "--workers", 1, "--out", out)
     subprocess.run([sys.executable, SCRIPT, *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
     return out
 
 
 def test_samples_are_whole_and_say_what_they_show(alone: Path) -> None:
     samples = [sample for shard in list_shards(alone) for sample in read_raw(shard)]
-    assert len(samples) == 42 and len({s.key for s in samples}) == 42
+    assert len(samples) == 48 and len({s.key for s in samples}) == 48
     counts = Counter(s.meta["source"] for s in samples)
     assert set(counts) == set(KINDS) and max(counts.values()) - min(counts.values()) <= 2
     ratios = set()
@@ -47,10 +47,10 @@ def test_samples_are_whole_and_say_what_they_show(alone: Path) -> None:
         ratios.add(round(image.width / image.height, 1))
         source = sample.meta["source"]
         assert bool(sample.references) == (sample.mask is not None) == (source == "edit")
-        if source in ("shapes", "square-shapes"):
+        if "shapes" in source:
             meant = sample.meta["geneval"]["include"]
             assert all(clause["class"] in sample.meta["caption"] for clause in meant)
-        if source == "square-shapes":
+        if source in ("square-shapes", "neat-shapes"):
             assert image.size == (192, 192)
         if source in ("text", "scene"):
             squeeze = lambda text: text.replace(" ", "").replace("\n", "")  # noqa: E731
@@ -61,7 +61,7 @@ def test_samples_are_whole_and_say_what_they_show(alone: Path) -> None:
 
 def test_workers_and_a_kill_change_nothing(alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, SCRIPT, "--kinds", ALL, "--count", "42", "--size", "192", "--shard-size", "12"]
+    command = [sys.executable, SCRIPT, "--kinds", ALL, "--count", "48", "--size", "192", "--shard-size", "12"]
     command += ["--workers", "2", "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
     while process.poll() is None and not list(out.glob("*.tar")):
@@ -102,7 +102,7 @@ def test_another_seed_makes_other_pictures_under_other_keys() -> None:
     [
         (
             ("--kinds", "text,cats"),
-            "unknown kind 'cats'; known are text, shapes, photo, scene, layout, edit, square-shapes",
+            "unknown kind 'cats'; known are text, shapes, photo, scene, layout, edit, square-shapes, neat-shapes",
         ),
         (("--kinds", "text:none"), "the share of text must be a number, not 'none'"),
         (("--size", 100), "--size must be a multiple of 16"),
@@ -121,7 +121,7 @@ def test_bad_input_gets_one_line(flags, message: str, tmp_path: Path, run_entry)
 
 def test_a_folder_of_other_settings_is_refused(alone: Path, run_entry) -> None:
     before = digests(alone)
-    result = run_entry(SCRIPT, "--out", alone, "--count", 42, "--size", 192, "--seed", 1, "--workers", 1)
+    result = run_entry(SCRIPT, "--out", alone, "--count", 48, "--size", 192, "--seed", 1, "--workers", 1)
     assert result.returncode == 2 and "was begun with" in result.stderr and "--seed 0" in result.stderr
     assert digests(alone) == before
     assert json.loads((alone / "synthesis.json").read_text())["seed"] == 0
