@@ -12,8 +12,8 @@ from training.source import BASE, TOY_SIDE_PX
 GUIDANCE = 2.5
 """Of the pictures that are shown and judged: the best of 1, 2.5 and 4 on validation prompts."""
 
-NARROW = ("--density-std", ".7")
-"""Noise levels around the middle, where shapes are made (docs/demo-pilot.md)."""
+NOISY = ("--density-mean", "1")
+"""More of the high noise levels, where a prompt decides what there will be (docs/demo-pilot.md)."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,22 @@ RECIPES = {
     ),
     "demo": Recipe(
         pictures=20000,
-        kinds="square-shapes",
+        kinds="neat-shapes",
         picture_px=96,
         components=BASE,
         vae_steps=0,
         image_decoder_steps=0,
         batch_size=128,
         processes=2,
-        steps_256=2200,
-        steps_640=300,
-        flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997", *NARROW),
-        flags_640=("--lr", "2e-3", "--muon-lr", ".02", *NARROW),
+        steps_256=1100,
+        steps_640=850,
+        flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997", *NOISY),
+        flags_640=("--lr", "4e-3", "--muon-lr", ".05", "--ema-decay", ".995", *NOISY),
         sft_steps=20,
         dpo_pairs=120,
         dpo_steps=10,
         flags_dpo=(),
-        grpo_steps=60,
+        grpo_steps=40,
         flags_grpo=(),
         sample_steps=20,
         test_prompts=400,
@@ -171,6 +171,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
             return []
         common = ["evaluation/__main__.py", "--checkpoint", out / run, "--split", "test-iid", "--images-per-prompt", 2]
         common += ["--limit", recipe.test_prompts, "--steps", recipe.sample_steps, "--cfg-scale", GUIDANCE]
+        common += ["--dtype", fast_dtype()]
         return [stage(f"judge-{run}", f"test prompts, drawn by {run} and judged", *common, "--output", out / "judged")]
 
     if data is None:

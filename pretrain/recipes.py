@@ -24,7 +24,7 @@ class StageConfig(DataConfig):
     """One stage of the curriculum."""
 
     res: Literal[256, 640, 1328] = 256
-    """Stage: pictures have about the area of a square with this side, in pixels (64, 80, 128 for the tiny preset)."""
+    """Stage: pictures have about the area of a square with this side, in pixels (64, 96, 128 for the tiny preset)."""
     preset: Literal["tiny", "small", "qwen-image"] = "qwen-image"
     """Size of the model. Default: that of --init, else the one that takes the text states of --data, else tiny."""
     data: tuple[Path, ...] = ()

@@ -25,7 +25,7 @@ TOY_PARAMETERS = 10**8
 """Models below this have recipes for a laptop; above, for GPUs."""
 LARGE_PARAMETERS = 4 * 10**9
 """From here on, weights and their gradients are split over the GPUs of a node."""
-TOY_SIDE_PX = {256: 64, 640: 80, 1328: 128}
+TOY_SIDE_PX = {256: 64, 640: 96, 1328: 128}
 """Side of the squares that each stage of pretraining trains the tiny preset on."""
 NOTE = "init.json"
 """File of a run that says what it started from, and what its adapters belong to if it trains adapters."""

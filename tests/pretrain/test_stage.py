@@ -47,7 +47,7 @@ def make_data(folder: Path, side_px: int, width: int = 128, vae: str = "v") -> P
 def data(tmp_path_factory: pytest.TempPathFactory, components: Path) -> dict[int, Path]:
     from vae.autoencoder import VAE
 
-    folders = {side: tmp_path_factory.mktemp(f"data{side}") for side in (64, 80)}
+    folders = {side: tmp_path_factory.mktemp(f"data{side}") for side in (64, 96)}
     vae = VAE.from_folder(components).fingerprint()
     return {side: make_data(folder, side, vae=vae) for side, folder in folders.items()}
 
@@ -93,7 +93,7 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
         and str(data[64]) in line
     )
     assert sorted(p.name for p in (first / "samples").iterdir()) == ["step_00000002.png", "step_00000003.png"]
-    assert Image.open(first / "samples" / "step_00000003.png").height == 80
+    assert Image.open(first / "samples" / "step_00000003.png").height == 96
     assert [row["step"] for row in read_metrics(first)] == [1, 2, 3]
     assert list((first / "tensorboard").iterdir())
 
@@ -104,7 +104,7 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
     assert status == 0, err
     assert [row["step"] for row in read_metrics(first)] == [1, 2, 3, 4]
 
-    arguments = ["--res", 640, "--data", data[80], "--init", first, "--out", second, "--steps", 2]
+    arguments = ["--res", 640, "--data", data[96], "--init", first, "--out", second, "--steps", 2]
     status, _, err = stage(*arguments, "--tp", 2, "--sp", *common, ranks=2)
     assert status == 0, err
     assert list_checkpoints(second / "checkpoints")[0].name == "step_00000002"
@@ -115,7 +115,7 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
     [
         (["--res", "512"], "there is no stage 512; stages are 256, 640, 1328"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
-        (["--res", "640", "--data", "DATA"], "was encoded at 64 px, stage 640 of preset tiny trains at 80 px"),
+        (["--res", "640", "--data", "DATA"], "was encoded at 64 px, stage 640 of preset tiny trains at 96 px"),
         (["--preset", "small", "--dtype", "float32", "--data", "WIDE"], "text states of width 128, preset small takes"),
         (["--data", "DATA", "--tp", "2", "--out", "OUT"], "1 processes do not divide over tp 2 x cp 1"),
         (["--data", "DATA", "--out", "OUT", "--init", "DATA"], "holds no model"),
