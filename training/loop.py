@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from command_line import progress
@@ -38,6 +39,11 @@ class LoopConfig:
     """Steps between checkpoints; the last step and an interruption save too."""
     keep: int = 2
     """Newest checkpoints that stay."""
+    keep_every: int = 0
+    """Checkpoints of each multiple of so many steps stay for ever. 0 for none."""
+    best: str = "held_out/loss"
+    """What decides which checkpoint OUT/best points to, which stays: held_out/NAME, the lowest, or validation/NAME, the
+    highest, of those measured at the step of a checkpoint."""
     seed: int = 0
     """Seed of noise, timesteps and dropout."""
 
@@ -80,7 +86,8 @@ def train(
         if getattr(hook, "first", False):
             hook(engine, 0)
             engine.frozen.release()
-    with progress(config.steps, run.path.name, "step", engine.step_count) as bar, interruptions() as interrupted:
+    bar = progress(config.steps, run.path.name, "step", engine.step_count)
+    with finished_saves(engine), bar, interruptions() as interrupted:
         grows = getattr(batches, "grows", False)
         if grows or (engine.world_size == 1 and hasattr(batches, "interrupted")):
             batches.interrupted = interrupted  # else data come at once
@@ -92,7 +99,7 @@ def train(
                 gave_up = True
             if engine.any_rank(gave_up) if grows else gave_up:  # one may have its data while another waits
                 if saved != engine.step_count:
-                    save(engine, here, run, config.keep)
+                    save(engine, here, run, config)
                 run.close()
                 raise KeyboardInterrupt
             if microbatches is None:
@@ -111,15 +118,15 @@ def train(
                 if last or step % hook.every == 0:
                     hook(engine, step)
                     engine.frozen.release()
-            stopping = engine.any_rank(interrupted())
+            stopping = engine.any_rank(interrupted() or engine.save_failed)
             if last or stopping or step % config.save_every == 0:
-                save(engine, batches.state_dict(), run, config.keep)
+                save(engine, batches.state_dict(), run, config)
                 saved = step
             if stopping and not last:
                 run.close()
                 raise KeyboardInterrupt
-    if saved != engine.step_count:
-        save(engine, batches.state_dict(), run, config.keep)
+        if saved != engine.step_count:
+            save(engine, batches.state_dict(), run, config)
     run.close()
 
 
@@ -134,10 +141,20 @@ def speed_of(batches: "Batches", samples: float, waited: float, seconds: float) 
     return speed | {f"samples_per_second/{bucket}": count / seconds for bucket, count in batches.buckets.items()}
 
 
-def save(engine: "Engine", cursor: dict[str, Any], run: RunFolder, keep: int) -> None:
-    """Write a checkpoint of this moment, with the batches' cursor, and delete those older than the newest `keep`."""
+def save(engine: "Engine", cursor: dict[str, Any], run: RunFolder, config: LoopConfig) -> None:
+    """Begin to write a checkpoint of this moment, with the batches' cursor; once it is there, others are deleted."""
     run.sync()
-    engine.save_step(run.checkpoints, {"batches": cursor}, keep)
+    tidy = partial(run.tidy, config.keep, config.keep_every, config.best)
+    engine.begin_save_step(run.checkpoints, {"batches": cursor}, tidy)
+
+
+@contextmanager
+def finished_saves(engine: "Engine") -> Iterator[None]:
+    """However it is left, the save that was begun is waited for."""
+    try:
+        yield
+    finally:
+        engine.wait_for_save()
 
 
 @contextmanager

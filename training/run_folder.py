@@ -9,6 +9,7 @@ held_out.jsonl   the same of the loss on held-out samples
 validation/, held_out/   what each picture, or sample, was given
 samples/         pictures
 checkpoints/     step_00001000/ ...
+best             a link to the checkpoint that was measured best
 """
 
 import json
@@ -18,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from command_line import read_toml, write_toml
-from files import atomic_file, write_json
+from files import atomic_file, link, write_json
+from training.engine.checkpoint import list_checkpoints, prune, step_of
 
 HARMLESS = {
-    "steps", "save_every", "keep", "sample_every", "validate_every", "validation", "out", "seeds", "dry_run", "gpu",
+    "steps", "save_every", "keep", "keep_every", "best", "sample_every", "validate_every", "validation", "out", "seeds",
+    "dry_run", "gpu",
 }  # fmt: skip
 """Settings that a run may change on its way without being another run."""
 MEASURES = ("held_out", "validation")
 """What hooks measure now and then."""
+BEST = "best"
+"""Link to the best checkpoint."""
 GAINS = "gains.json"
 """What a run gained, last measurement minus first, where it measured before its first step."""
 
@@ -93,6 +98,22 @@ class RunFolder:
         """Bring all rows to disk, as before a checkpoint that relies on them."""
         if self.writes:
             os.fsync(self._metrics.fileno())
+
+    def tidy(self, keep: int, keep_every: int, best: str) -> None:
+        """Point to the best checkpoint and delete those that are not kept (see `loop.LoopConfig`)."""
+        found = self._best(*best.split("/", 1)) if best else None
+        if found is not None:
+            link(self.path / BEST, found.relative_to(self.path))
+        prune(self.checkpoints, keep, keep_every, found)
+
+    def _best(self, measured: str, name: str) -> Path | None:
+        """The checkpoint whose step was measured best: the lowest on held-out samples, the highest in validation."""
+        file = self.path / f"{measured}.jsonl"
+        rows = [json.loads(row) for row in file.read_text().splitlines()] if file.exists() else []
+        scores = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+        there = [folder for folder in list_checkpoints(self.checkpoints) if step_of(folder) in scores]
+        sign = -1 if measured == "held_out" else 1
+        return max(there, key=lambda folder: sign * scores[step_of(folder)], default=None)
 
     def close(self) -> None:
         """Close the logs."""

@@ -66,6 +66,8 @@ class Layout:
     """Ranks that hold the same weights: data and context parallel."""
     host_group: dist.ProcessGroup | None
     """All ranks, over which the hosts exchange CPU tensors; None is the default group."""
+    writers_group: dist.ProcessGroup
+    """All ranks, over which their threads that write checkpoints agree."""
 
 
 def start(parallel: ParallelConfig) -> Layout:
@@ -116,6 +118,7 @@ def start(parallel: ParallelConfig) -> Layout:
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         host_group=dist.new_group(timeout=PATIENCE, backend="gloo") if cuda else None,
+        writers_group=dist.new_group(timeout=PATIENCE, backend="gloo"),
     )
 
 

@@ -3,10 +3,14 @@
 The format is in `checkpoint.py`. Where adapters train, they are all that is saved of the weights. Optimizer state is
 `fully_reshardable`: stored in the parameters' own shapes, it loads under any number of tensor-, context- and
 data-parallel ranks. The moving average is stored likewise.
+
+What is saved is copied to the host's memory; a thread writes it while training goes on, over a process group of its
+own. One save is under way at most.
 """
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from files import write_json
 from model.config import LoRAConfig
 from model.ops import fill_weight
+from training.behind import Behind
 from training.ema import MovingAverage
 from training.engine import checkpoint
 from training.engine.device import Layout, megatron_region
@@ -40,20 +45,26 @@ LEAN_PARAMETERS = 10**9
 
 SHARDING = "fully_reshardable"
 """Megatron's name of the format of optimizer state."""
+WEIGHTS = "model."
+"""What the weights' names begin with."""
 STATE_PARTS = ("param", "exp_avg", "exp_avg_sq")
 """Of a parameter's state, each fp32 and in its shape."""
 
 
-class _InProcessSave(TorchDistSaveShardedStrategy):
-    """Writes from this process; Megatron's own forks writers and spawns a manager, unsafe beside CUDA and threads."""
+class _Copy(TorchDistSaveShardedStrategy):
+    """Copies what this rank is to write to the host's memory; Megatron's own writers are forked, which is unsafe beside
+    CUDA and threads."""
+
+    state: dict[str, Any]
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        for key, parts in state.items():
+            for part in parts:
+                alive = key.startswith(WEIGHTS)  # optimizer state and averages have just been gathered
+                if isinstance(part, ShardedTensor):
+                    part.data = part.data.detach().to("cpu", copy=alive)
+        self.state = mcore_to_pyt_state_dict(state, False)
 
 
 @dataclass
@@ -67,37 +78,72 @@ class Saving:
     averages: dict[str, MovingAverage]
     layout: Layout
     lora: LoRAConfig | None = None
+    _writer: Behind = field(default_factory=lambda: Behind("checkpoint"))
 
-    def save(self, folder: Path, info: dict[str, Any]) -> None:
-        """Write checkpoint `folder`; `info` is JSON that `load` gives back. All ranks share the file system."""
+    def save(self, folder: Path, info: dict[str, Any], published: Callable[[], None] = lambda: None) -> None:
+        """Begin to write checkpoint `folder` of this moment, once the one before it is written.
+
+        `info` is JSON that `load` gives back; rank 0 calls `published` when the folder is there. All ranks share the
+        file system. Raises what `wait` does.
+        """
+        self.wait()
         temporary, layout = folder.with_name(f".tmp-{folder.name}"), self.layout
         if layout.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        strategy = _InProcessSave("torch_dist", 1)
+        copy = strategy = _Copy("torch_dist", 1)
         if layout.dp_cp_group.size() > 1:
             strategy = FullyParallelSaveStrategyWrapper(strategy, layout.dp_cp_group)
         with megatron_region():
             averages = {_prefix(name): self._whole(name) for name in self.averages}
             state = {**self._weights(), **self._optimizer(), **averages}
             dist_checkpointing.save(state, str(temporary), sharded_strategy=strategy)
+        updates = {name: average.updates for name, average in self.averages.items()}
+        info = {"model": checkpoint.plain(self.model_config), "updates": updates, **info}
+        if self.lora is not None:
+            info["lora"] = checkpoint.plain(self.lora)
+        self._writer.start(lambda: self._write(copy.state, temporary, folder, info, published))
 
-        mine = sorted(p.name for p in temporary.glob(f"__{layout.rank}_*"))
-        parts: list[Any] = [None] * layout.world_size
-        dist.all_gather_object(parts, checkpoint.describe_files(temporary, mine))
-        if layout.rank == 0:
-            updates = {name: average.updates for name, average in self.averages.items()}
-            state = {"model": checkpoint.plain(self.model_config), "updates": updates, **info}
-            if self.lora is not None:
-                state["lora"] = checkpoint.plain(self.lora)
-            write_json(temporary / checkpoint.STATE, state)
-            shared = sorted(p.name for p in temporary.iterdir() if not p.name.startswith("__"))
-            parts.append(checkpoint.describe_files(temporary, shared))
-            manifest = {name: entry for part in parts for name, entry in part.items()}
-            write_json(temporary / checkpoint.MANIFEST, manifest)
+    def wait(self) -> None:
+        """Return when the save that was begun is finished. OSError, on all ranks, if it could not be written."""
+        try:
+            self._writer.wait()
+        except CheckpointException as error:  # torch's, with a traceback in many lines
+            said = [f"rank {rank}: {found[0]}" for rank, found in error.failures.items()]
+            raise OSError(f"a checkpoint could not be written: {'; '.join(said)}") from error
+        except RuntimeError as error:
+            raise OSError(f"a checkpoint could not be written: {error}") from error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save that was begun has failed, as far as this rank knows yet."""
+        return self._writer.failed
+
+    def _write(
+        self, state: dict[str, Any], temporary: Path, folder: Path, info: dict, published: Callable[[], None]
+    ) -> None:
+        """Write copies to the disk and give the folder its name: the thread's work, all ranks' together."""
+        rank, group = self.layout.rank, self.layout.writers_group
+        torch_checkpoint.save(
+            state,
+            storage_writer=FileSystemWriter(temporary),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=group,
+        )
+        parts = _together(lambda: checkpoint.describe_files(sorted(temporary.glob(f"__{rank}_*"))), group)
+
+        def publish() -> None:
+            write_json(temporary / checkpoint.STATE, info)
+            shared = sorted(p for p in temporary.iterdir() if not p.name.startswith("__"))
+            entries = [*parts, checkpoint.describe_files(shared)]
+            write_json(
+                temporary / checkpoint.MANIFEST, {name: entry for part in entries for name, entry in part.items()}
+            )
             checkpoint.publish(temporary, folder)
-        dist.barrier()
+            published()
+
+        _together(publish if rank == 0 else lambda: None, group)
 
     @torch.no_grad()
     def load(self, folder: Path) -> dict[str, Any]:
@@ -187,7 +233,7 @@ class Saving:
 
     def _weights(self) -> dict[str, Any]:
         saved = {n: p for n, p in self.model.named_parameters() if self.lora is None or p.requires_grad}
-        return {"model": {n: self._sharded(f"model.{n}", p, p) for n, p in saved.items()}}
+        return {"model": {n: self._sharded(f"{WEIGHTS}{n}", p, p) for n, p in saved.items()}}
 
     def _optimizer(self) -> dict[str, Any]:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -241,6 +287,21 @@ class Saving:
 def _prefix(average: str) -> str:
     """What an average's tensors are called in a checkpoint."""
     return average if average == "ema" else f"frozen.{average}"
+
+
+def _together(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
+    """What `work` gives on each rank; where it fails on one, all raise RuntimeError."""
+    result, problem = None, None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 - raised again, on all ranks
+        problem = error
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (result, None if problem is None else str(problem)), group=group)
+    said = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(found) if text is not None]
+    if said:
+        raise RuntimeError("; ".join(said)) from problem
+    return [result for result, _ in found]
 
 
 def _shared_view(folders: list[Path]) -> list[Path]:

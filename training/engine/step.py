@@ -238,13 +238,32 @@ class Engine:
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Write a checkpoint folder; `extra` is JSON that `load` gives back."""
-        self._saving.save(Path(folder), {"step": self.step_count, "skipped": self.skipped, "extra": extra})
+        self._begin_save(Path(folder), extra)
+        self.wait_for_save()
 
     def save_step(self, checkpoints: Path, extra: dict[str, Any], keep: int) -> None:
         """Write the checkpoint of this step below `checkpoints` and delete those older than the newest `keep`."""
-        self.save(checkpoint.step_folder(Path(checkpoints), self.step_count), extra)
-        if self.rank == 0:
-            checkpoint.prune(Path(checkpoints), keep)
+        self.begin_save_step(checkpoints, extra, lambda: checkpoint.prune(Path(checkpoints), keep))
+        self.wait_for_save()
+
+    def begin_save_step(self, checkpoints: Path, extra: dict[str, Any], published: Callable[[], None]) -> None:
+        """Copy what the checkpoint of this step holds, and let a thread write it below `checkpoints`.
+
+        A save that was begun before is waited for. When the checkpoint is there, rank 0's thread calls `published`.
+        """
+        self._begin_save(checkpoint.step_folder(Path(checkpoints), self.step_count), extra, published)
+
+    def _begin_save(self, folder: Path, extra: dict[str, Any], published: Callable[[], None] = lambda: None) -> None:
+        self._saving.save(folder, {"step": self.step_count, "skipped": self.skipped, "extra": extra}, published)
+
+    def wait_for_save(self) -> None:
+        """Return when the save that was begun is on the disk. OSError, on all ranks, if it could not be written."""
+        self._saving.wait()
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether the save that was begun has failed, as far as this rank knows yet; `wait_for_save` says why."""
+        return self._saving.failed
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore weights, optimizer, averages and counters, whatever layout saved them; returns `extra`."""
