@@ -52,6 +52,8 @@ class Prepared:
 
     inputs: Any
     aux: Any
+    keys: tuple[str, ...] = ()
+    """Of its samples, where they have some."""
 
 
 class Algorithm(Protocol):

@@ -26,6 +26,8 @@ WORTH_SAYING = 0.02
 SWITCH_S = 2e-4
 """Longest that a loader's thread keeps this one, which feeds the device, from the interpreter: Python's 5 ms come at
 every other operation."""
+NOT_FINITE = 3
+"""Steps in a row whose loss or gradient is not finite, after which a run stops."""
 IMPATIENT_S = 3.0
 """A signal that comes so long after the first one asks to stop at once."""
 
@@ -68,8 +70,10 @@ def train(
     """Train until `config.steps` steps are done or `batches` end.
 
     SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt; one that comes later does not wait.
+    ValueError when step after step is not finite (see `training.not_finite`).
     """
     from data_pipeline.loader import Interrupted
+    from training.not_finite import write_batch
     from training.randomness import Randomness
 
     sys.setswitchinterval(SWITCH_S)
@@ -78,7 +82,7 @@ def train(
     if cursor is not None:
         batches.load_state_dict(cursor["batches"])
     run.open(engine.step_count)
-    saved = engine.step_count if cursor is not None else None
+    saved, not_finite = engine.step_count if cursor is not None else None, 0
     if engine.runs_ahead and hasattr(batches, "prepare"):
         batches.prepare = lambda batch: engine.prepare(algorithm, batch, rng)
 
@@ -105,7 +109,9 @@ def train(
             if microbatches is None:
                 break
             waited = time.perf_counter() - begin
+            skipped = engine.skipped
             metrics = engine.step(algorithm, microbatches, rng)
+            not_finite = not_finite + 1 if engine.skipped > skipped else 0
             step, last = engine.step_count, engine.step_count == config.steps
             speed = speed_of(batches, metrics["samples"], waited, time.perf_counter() - begin)
             run.log(step, metrics, speed)
@@ -114,6 +120,14 @@ def train(
                 shown["data_wait"] = f"{speed['data_wait']:.0%}"
             bar.set_postfix(shown, refresh=False)
             bar.update()
+            if not_finite == NOT_FINITE:
+                run.close()
+                folder = run.path / "nan" / f"step_{step:08d}"
+                write_batch(engine, algorithm, microbatches, rng, folder)
+                raise ValueError(
+                    f"loss or gradient was not finite in {NOT_FINITE} steps in a row, the last is {step}; to find out "
+                    f"where that begins: python -m training.replay {folder}"
+                )
             for hook in hooks:
                 if last or step % hook.every == 0:
                     hook(engine, step)

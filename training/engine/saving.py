@@ -241,6 +241,7 @@ class Saving:
             "distrib_optim_sharding_type": SHARDING,
             "distrib_optim_fully_reshardable_mem_efficient": trainable >= LEAN_PARAMETERS,
         }
+        self._require_state()
         state = self.optimizer.sharded_state_dict(self._weights(), metadata=metadata)
         if state["param_state"] is None:  # gathered on another rank
             state["param_state"] = {}
@@ -252,8 +253,8 @@ class Saving:
         Megatron's own has room for all parameters on every rank: 12 bytes each, in host memory.
         """
         optimizer, mine = self.optimizer, self.shards.masters()
+        self._require_state()
         whole = optimizer.state_dict()
-        optimizer.load_state_dict(optimizer.state_dict())  # makes the slices' state, if there is none yet
         names = {param: name for name, param in self.model.named_parameters()}
         order = [names[param] for buffer in optimizer.buffers for param in buffer.param_index_map]
         state = {
@@ -262,6 +263,11 @@ class Saving:
             if name in mine
         }
         return {"optimizer": {**whole, "param_state": state, "param_state_sharding_type": SHARDING}}
+
+    def _require_state(self) -> None:
+        """Make the slices' state if there is none yet, before the first update."""
+        if not self.optimizer.optimizer.state:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
 
     def _whole(self, average: str) -> dict[str, ShardedTensor]:
         """Whole averages, each kept by one rank of those that share it, in host memory."""

@@ -131,7 +131,7 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # each thread has a device of its own
             ready = pinned(ready)
-        return Prepared(*ready)
+        return Prepared(*ready, tuple(getattr(item, "key", "") for item in batch))
 
     def step(
         self, algorithm: Algorithm, microbatches: Sequence[list[Any] | Prepared], rng: Randomness
