@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from command_line import progress
+from training.cost.cards import GIB, in_this_machine
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def train(
     ValueError when step after step is not finite (see `training.not_finite`).
     """
     from data_pipeline.loader import Interrupted
+    from training.engine.device import peak_memory
     from training.not_finite import write_batch
     from training.randomness import Randomness
 
@@ -82,6 +84,8 @@ def train(
     if cursor is not None:
         batches.load_state_dict(cursor["batches"])
     run.open(engine.step_count)
+    known = in_this_machine() if engine.device.type == "cuda" else None
+    peak_flops = None if known is None else known[1].flops * engine.world_size
     saved, not_finite = engine.step_count if cursor is not None else None, 0
     if engine.runs_ahead and hasattr(batches, "prepare"):
         batches.prepare = lambda batch: engine.prepare(algorithm, batch, rng)
@@ -113,9 +117,10 @@ def train(
             metrics = engine.step(algorithm, microbatches, rng)
             not_finite = not_finite + 1 if engine.skipped > skipped else 0
             step, last = engine.step_count, engine.step_count == config.steps
-            speed = speed_of(batches, metrics["samples"], waited, time.perf_counter() - begin)
-            run.log(step, metrics, speed)
-            shown = {n: f"{metrics[n]:.4g}" for n in ("loss", "grad_norm", "lr") if n in metrics}
+            speed = speed_of(batches, metrics, waited, time.perf_counter() - begin, peak_flops)
+            run.log(step, metrics, speed | {"memory_gib": peak_memory(engine.device) / GIB})
+            shown = {"loss": f"{metrics['loss']:.4g}"} if "loss" in metrics else {}
+            shown["tokens/s"] = f"{speed['tokens_per_second']:,.0f}"
             if speed.get("data_wait", 0) > WORTH_SAYING:
                 shown["data_wait"] = f"{speed['data_wait']:.0%}"
             bar.set_postfix(shown, refresh=False)
@@ -144,11 +149,19 @@ def train(
     run.close()
 
 
-def speed_of(batches: "Batches", samples: float, waited: float, seconds: float) -> dict[str, float]:
-    """Samples a second; of a `data_pipeline.loader.Loader` also the share of a step's time that went with waiting for
-    data, how many steps are ready ("queue_depth"), how many broken samples were passed over, and this process's
-    samples a second of each bucket ("samples_per_second/WxH")."""
-    speed = {"samples_per_second": samples / seconds, "seconds": seconds}
+def speed_of(
+    batches: "Batches", metrics: dict[str, float], waited: float, seconds: float, peak_flops: float | None = None
+) -> dict[str, float]:
+    """Samples, tokens and FLOPs a second, and with the `peak_flops` a second of all devices the share of it ("mfu").
+
+    Of a `data_pipeline.loader.Loader` also the share of a step's time that went with waiting for data, how many steps
+    are ready ("queue_depth"), how many broken samples were passed over, and this process's samples a second of each
+    bucket ("samples_per_second/WxH").
+    """
+    speed = {f"{name}_per_second": metrics[name] / seconds for name in ("samples", "tokens", "flops")}
+    speed["seconds"] = seconds
+    if peak_flops is not None:
+        speed["mfu"] = speed["flops_per_second"] / peak_flops
     if not hasattr(batches, "depth"):
         return speed
     speed |= {"data_wait": waited / seconds, "queue_depth": batches.depth, "passed_over": batches.passed_over}

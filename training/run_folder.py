@@ -42,6 +42,8 @@ class RunFolder:
         self.path, self.writes = Path(path), writes
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self._metrics = self._speed = self._board = None
+        self.images = 0.0
+        """Samples that the rows so far have learnt from."""
         if writes:
             for folder in (self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,7 @@ class RunFolder:
         if any(json.loads(row)["step"] != i for i, row in enumerate(kept, 1)) or len(kept) < step:
             raise ValueError(f"{file} does not hold one row for each of {step} steps; restore it or start a new run")
         _replace(file, kept)
+        self.images = sum(json.loads(row).get("samples") or 0 for row in kept)
         for measured in (self.path / f"{name}.jsonl" for name in MEASURES):
             if measured.exists():
                 rows = measured.read_text().splitlines(keepends=True)
@@ -73,9 +76,12 @@ class RunFolder:
         self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
-        """Append the row of a step; what is not finite becomes null. `speed` goes to a file of its own."""
+        """Append the row of a step; what is not finite becomes null. `speed`, and the images seen so far, go to a file
+        of their own."""
         if not self.writes:
             return
+        self.images += metrics["samples"]
+        speed = {**speed, "images": self.images}
         self._metrics.write(_row(step, metrics))
         self._metrics.flush()
         self._speed.write(_row(step, speed))

@@ -8,9 +8,11 @@ do nothing.
 import contextlib
 import logging
 import os
+import resource
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -124,6 +126,15 @@ def start(parallel: ParallelConfig) -> Layout:
 
 def _world_of_one() -> dict:
     return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that were taken on a GPU at most since this was last asked; of a CPU, what the process has now."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def stop() -> None:
