@@ -31,6 +31,31 @@ def plot(curves: dict[str, list[tuple[float, float]]]) -> bytes:
     return buffer.getvalue()
 
 
+def plot_lines(charts: dict[str, dict[str, list[tuple[float, float]]]], columns: int = 3) -> bytes:
+    """A PNG of small plots in rows, one for each title's lines by their labels; at least one chart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = -(-len(charts) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, charts.items(), strict=False):
+        for label, points in lines.items():
+            axis.plot(*zip(*points, strict=True), lw=1, label=label, marker="o" if len(points) < 20 else None, ms=3)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=7)
+        if len(lines) > 1:
+            axis.legend(fontsize=6, ncols=2, framealpha=0.5)
+    for axis in axes.flat[len(charts) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
 def png_address(png: bytes) -> str:
     """A PNG as a data: address, so that a page is one file."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

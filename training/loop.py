@@ -120,18 +120,17 @@ def train(
             speed = speed_of(batches, metrics, waited, time.perf_counter() - begin, peak_flops)
             run.log(step, metrics, speed | {"memory_gib": peak_memory(engine.device) / GIB})
             shown = {"loss": f"{metrics['loss']:.4g}"} if "loss" in metrics else {}
-            shown["tokens/s"] = f"{speed['tokens_per_second']:,.0f}"
+            unit = "tokens" if metrics["tokens"] else "samples"
+            shown[f"{unit}/s"] = f"{speed[f'{unit}_per_second']:,.0f}"
             if speed.get("data_wait", 0) > WORTH_SAYING:
                 shown["data_wait"] = f"{speed['data_wait']:.0%}"
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if not_finite == NOT_FINITE:
                 run.close()
-                folder = run.path / "nan" / f"step_{step:08d}"
-                write_batch(engine, algorithm, microbatches, rng, folder)
+                told = write_batch(engine, algorithm, microbatches, rng, run.path / "nan" / f"step_{step:08d}")
                 raise ValueError(
-                    f"loss or gradient was not finite in {NOT_FINITE} steps in a row, the last is {step}; to find out "
-                    f"where that begins: python -m training.replay {folder}"
+                    f"loss or gradient was not finite in {NOT_FINITE} steps in a row, the last is {step}; {told}"
                 )
             for hook in hooks:
                 if last or step % hook.every == 0:

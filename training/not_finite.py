@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from files import write_json
+from model.mmdit import MMDiT
 from model.moving import moved
 from model.packing import ModelInputs, Pack, SampleShape
 from training.algorithm import Algorithm, Prepared
@@ -42,8 +43,13 @@ class Call:
 
 def write_batch(
     engine: "Engine", algorithm: Algorithm, microbatches: Sequence[list[Any] | Prepared], rng: Randomness, folder: Path
-) -> None:
-    """Write what a step's replay takes into `folder`. Collective, just after the step, which changed no weight."""
+) -> str:
+    """Write what a step's replay takes into `folder`, and say how to replay it.
+
+    Collective, just after the step, which changed no weight. Of a model that is no MMDiT nothing is written.
+    """
+    if not isinstance(engine.model, MMDiT):
+        return "the weights are those of the step before them"
     folder.mkdir(parents=True, exist_ok=True)
     calls = list(_calls(engine, algorithm, microbatches, rng))
     if engine.layout.tp_rank == engine.layout.cp_rank == 0:
@@ -56,6 +62,7 @@ def write_batch(
         save_file(tensors, folder / f"rank_{engine.dp_rank}.safetensors")
         write_json(folder / f"rank_{engine.dp_rank}.json", about)
     engine.save(folder / CHECKPOINT, {})
+    return f"to find out where that begins: python -m training.replay {folder}"
 
 
 def read_calls(about: Path, device: torch.device) -> Iterator[Call]:

@@ -23,8 +23,8 @@ from files import atomic_file, link, write_json
 from training.engine.checkpoint import list_checkpoints, prune, step_of
 
 HARMLESS = {
-    "steps", "save_every", "keep", "keep_every", "best", "sample_every", "validate_every", "validation", "out", "seeds",
-    "dry_run", "gpu",
+    "steps", "save_every", "keep", "keep_every", "best", "sample_every", "sample_prompts", "validate_every",
+    "validation", "out", "seeds", "dry_run", "gpu",
 }  # fmt: skip
 """Settings that a run may change on its way without being another run."""
 MEASURES = ("held_out", "validation")
