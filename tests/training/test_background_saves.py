@@ -1,7 +1,8 @@
-"""Checkpoints that a thread writes while training goes on: of which moment they are, kills, failures, which stay."""
+"""Checkpoints that a thread writes while training goes on: their moment, kills, failures, which stay, memory."""
 
 import json
 import random
+import statistics
 import threading
 import time
 from dataclasses import replace
@@ -105,6 +106,13 @@ def test_twenty_kills(tmp_path: Path):
     run_world(1, run_loop, tmp_path / "undisturbed", config)
     kill_again_and_again(tmp_path / "killed", ["any", "any", "any", "save"] * 5, config, 1)
     assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_long_run_takes_no_more_memory_at_its_end(tmp_path: Path):
+    run_world(1, run_loop, tmp_path, replace(CONFIGURATION, steps=1000, save_every=50), deadline_s=1800)
+    taken = [row["memory_gib"] for row in map(json.loads, (tmp_path / "speed.jsonl").read_text().splitlines())]
+    assert statistics.median(taken[-200:]) == pytest.approx(statistics.median(taken[200:400]), rel=0.02)
 
 
 def test_which_checkpoints_stay(tmp_path: Path):

@@ -40,9 +40,6 @@ from training.engine.device import Layout, megatron_region
 from training.engine.quantized import quantized_layers
 from training.engine.shards import Shards
 
-LEAN_PARAMETERS = 10**9
-"""From so many parameters a rank, one rank of each data-parallel group gathers optimizer state instead of all."""
-
 SHARDING = "fully_reshardable"
 """Megatron's name of the format of optimizer state."""
 WEIGHTS = "model."
@@ -80,6 +77,7 @@ class Saving:
     lora: LoRAConfig | None = None
     _writer: Behind = field(default_factory=lambda: Behind("checkpoint"))
 
+    @torch.no_grad()
     def save(self, folder: Path, info: dict[str, Any], published: Callable[[], None] = lambda: None) -> None:
         """Begin to write checkpoint `folder` of this moment, once the one before it is written.
 
@@ -96,7 +94,10 @@ class Saving:
         if layout.dp_cp_group.size() > 1:
             strategy = FullyParallelSaveStrategyWrapper(strategy, layout.dp_cp_group)
         with megatron_region():
-            averages = {_prefix(name): self._whole(name) for name in self.averages}
+            averages = {
+                _prefix(name): self._gathered(average.average, f"{_prefix(name)}.")
+                for name, average in self.averages.items()
+            }
             state = {**self._weights(), **self._optimizer(), **averages}
             dist_checkpointing.save(state, str(temporary), sharded_strategy=strategy)
         updates = {name: average.updates for name, average in self.averages.items()}
@@ -236,46 +237,56 @@ class Saving:
         return {"model": {n: self._sharded(f"{WEIGHTS}{n}", p, p) for n, p in saved.items()}}
 
     def _optimizer(self) -> dict[str, Any]:
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        metadata = {
-            "distrib_optim_sharding_type": SHARDING,
-            "distrib_optim_fully_reshardable_mem_efficient": trainable >= LEAN_PARAMETERS,
-        }
+        """Optimizer state in Megatron's format, every tensor kept by one rank of those that share it.
+
+        Megatron's own gathers it in buffers as large as all of it, which takes several times as long.
+        """
         self._require_state()
-        state = self.optimizer.sharded_state_dict(self._weights(), metadata=metadata)
-        if state["param_state"] is None:  # gathered on another rank
-            state["param_state"] = {}
-        return {"optimizer": state}
+        masters, state, numbers = self.shards.masters(), self.optimizer.optimizer.state, self._numbers()
+        found: dict[int, dict[str, ShardedTensor]] = {}
+        for part in STATE_PARTS:
+            slices = masters if part == "param" else {name: state[own][part] for name, own in masters.items()}
+            for name, tensor in self._gathered(slices, f"optimizer.state.{part}.{WEIGHTS}").items():
+                found.setdefault(numbers[name], {})[part] = tensor
+        return {
+            "optimizer": self.optimizer.state_dict() | {"param_state": found, "param_state_sharding_type": SHARDING}
+        }
 
     def _optimizer_room(self) -> dict[str, Any]:
         """Room for the state of every parameter of which this rank holds a slice, as `_optimizer` stores it.
 
         Megatron's own has room for all parameters on every rank: 12 bytes each, in host memory.
         """
-        optimizer, mine = self.optimizer, self.shards.masters()
         self._require_state()
-        whole = optimizer.state_dict()
-        names = {param: name for name, param in self.model.named_parameters()}
-        order = [names[param] for buffer in optimizer.buffers for param in buffer.param_index_map]
+        mine, numbers = self.shards.masters(), self._numbers()
         state = {
-            i: {part: self._own_room(f"optimizer.state.{part}.model.{name}", name) for part in STATE_PARTS}
-            for i, name in enumerate(order)
-            if name in mine
+            numbers[name]: {
+                part: self._own_room(f"optimizer.state.{part}.{WEIGHTS}{name}", name) for part in STATE_PARTS
+            }
+            for name in mine
         }
-        return {"optimizer": {**whole, "param_state": state, "param_state_sharding_type": SHARDING}}
+        return {
+            "optimizer": self.optimizer.state_dict() | {"param_state": state, "param_state_sharding_type": SHARDING}
+        }
+
+    def _numbers(self) -> dict[str, int]:
+        """Megatron's number of each trainable parameter: its place in the optimizer's buffers."""
+        names = {param: name for name, param in self.model.named_parameters()}
+        order = [names[param] for buffer in self.optimizer.buffers for param in buffer.param_index_map]
+        return {name: i for i, name in enumerate(order)}
 
     def _require_state(self) -> None:
         """Make the slices' state if there is none yet, before the first update."""
         if not self.optimizer.optimizer.state:
             self.optimizer.load_state_dict(self.optimizer.state_dict())
 
-    def _whole(self, average: str) -> dict[str, ShardedTensor]:
-        """Whole averages, each kept by one rank of those that share it, in host memory."""
+    def _gathered(self, slices: dict[str, Tensor], prefix: str) -> dict[str, ShardedTensor]:
+        """Whole tensors of all ranks' slices, each kept by one rank of those that share it: copies in host memory."""
         group, kept = self.layout.dp_cp_group, {}
-        for i, (name, whole) in enumerate(self.shards.gather(self.averages[average].average)):
+        for i, (name, whole) in enumerate(self.shards.gather(slices)):
             if i % group.size() == group.rank():
-                param, key = self.model.get_parameter(name), f"{_prefix(average)}.{name}"
-                kept[name] = self._sharded(key, param, whole.cpu().clone(), replica=0)
+                param = self.model.get_parameter(name)
+                kept[name] = self._sharded(f"{prefix}{name}", param, whole.to("cpu", copy=True), replica=0)
         return kept
 
     def _room(self, average: str) -> dict[str, ShardedTensor]:
