@@ -33,7 +33,8 @@ CHARTS = {
     "memory, GiB": ("speed", "memory_gib"),
 }
 """What is drawn: the file of the run, and a name in it, or what names begin with that end in "/" (all, if empty)."""
-POINTS = 400
+LOGARITHMIC = {"update / weight by group"}
+POINTS = 120
 """Points of a curve at most; each is then the mean of its neighbours."""
 PICTURES = 8
 """Rows of samples at most."""
@@ -64,7 +65,11 @@ def write_page(folder: Path) -> Path:
     chosen = sorted({round(i * (len(files) - 1) / (PICTURES - 1)) for i in range(PICTURES)}) if files else []
     samples = {int(files[i].stem.removeprefix("step_")): png_address(files[i].read_bytes()) for i in chosen}
     last = (read_rows(folder / "metrics.jsonl") or [{}])[-1] | (read_rows(folder / "speed.jsonl") or [{}])[-1]
-    values = {"name": folder.name, "curves": png_address(plot_lines(drawn)) if drawn else None, "samples": samples}
+    values = {
+        "name": folder.name,
+        "curves": png_address(plot_lines(drawn, LOGARITHMIC)) if drawn else None,
+        "samples": samples,
+    }
     values |= {"last": last, "config": (folder / "config.toml").read_text()}
     template = jinja2.Template((Path(__file__).parent / "page.html").read_text(), autoescape=True)
     with atomic_file(folder / "health.html") as file:

@@ -33,7 +33,7 @@ def test_a_page_is_one_file_with_the_curves_and_pictures_of_a_run(tmp_path: Path
     assert found["held-out loss by noise level"] == {"0.3-0.6": [(2, 5.0)]} and "validation" not in found
     page = write_page(tmp_path).read_text()
     assert page.count("data:image/png;base64,") == 1 + 8 and "after 1 steps" in page and "after 19 steps" in page
-    assert "&lt;runs&gt;" in page and "http" not in page and "3,200 samples seen" in page
+    assert "&lt;runs&gt;" in page and "http" not in page and f"{8 * POINTS} samples seen" in page
     with pytest.raises(UserError, match="holds no metrics.jsonl"):
         write_page(tmp_path / "samples")
 

@@ -53,6 +53,7 @@ class _Copy(TorchDistSaveShardedStrategy):
     CUDA and threads."""
 
     state: dict[str, Any]
+    data: list[Tensor]
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
@@ -61,7 +62,13 @@ class _Copy(TorchDistSaveShardedStrategy):
                 alive = key.startswith(WEIGHTS)  # optimizer state and averages have just been gathered
                 if isinstance(part, ShardedTensor):
                     part.data = part.data.detach().to("cpu", copy=alive)
+        self.data = [part.data for parts in state.values() for part in parts if isinstance(part, ShardedTensor)]
         self.state = mcore_to_pyt_state_dict(state, False)
+
+    def free(self) -> None:
+        """Give the copies' memory back; torch's planner is in a circle of references that holds them."""
+        for data in self.data:
+            data.untyped_storage().resize_(0)
 
 
 @dataclass
@@ -104,7 +111,7 @@ class Saving:
         info = {"model": checkpoint.plain(self.model_config), "updates": updates, **info}
         if self.lora is not None:
             info["lora"] = checkpoint.plain(self.lora)
-        self._writer.start(lambda: self._write(copy.state, temporary, folder, info, published))
+        self._writer.start(lambda: self._write(copy, temporary, folder, info, published))
 
     def wait(self) -> None:
         """Return when the save that was begun is finished. OSError, on all ranks, if it could not be written."""
@@ -121,17 +128,15 @@ class Saving:
         """Whether the save that was begun has failed, as far as this rank knows yet."""
         return self._writer.failed
 
-    def _write(
-        self, state: dict[str, Any], temporary: Path, folder: Path, info: dict, published: Callable[[], None]
-    ) -> None:
+    def _write(self, copy: _Copy, temporary: Path, folder: Path, info: dict, published: Callable[[], None]) -> None:
         """Write copies to the disk and give the folder its name: the thread's work, all ranks' together."""
         rank, group = self.layout.rank, self.layout.writers_group
-        torch_checkpoint.save(
-            state,
-            storage_writer=FileSystemWriter(temporary),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            process_group=group,
-        )
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        try:
+            writer = FileSystemWriter(temporary)
+            torch_checkpoint.save(copy.state, storage_writer=writer, planner=planner, process_group=group)
+        finally:
+            copy.free()
         parts = _together(lambda: checkpoint.describe_files(sorted(temporary.glob(f"__{rank}_*"))), group)
 
         def publish() -> None:
