@@ -34,6 +34,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     fsync(path.parent)
 
 
+def link(path: Path, target: Path) -> None:
+    """Make `path` a link to `target`, in place of one that is there, at once."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
 def fsync(path: Path) -> None:
     """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

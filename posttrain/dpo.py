@@ -167,7 +167,8 @@ class DPO(Paged):
 
     def loss(self, model: Model, frozen: Frozen, inputs: ModelInputs, target: Tensor) -> tuple[Tensor, float, Metrics]:
         losses, found = self.judged(model, frozen["reference"], inputs, target)
-        return losses.sum(), float(len(losses)), {name: values.detach().sum() for name, values in found.items()}
+        metrics = {name: values.detach().sum() for name, values in found.items()} | {"loss": found["loss"].detach()}
+        return losses.sum(), float(len(losses)), metrics
 
     def judged(
         self, model: Model, reference: Model, inputs: ModelInputs, target: Tensor

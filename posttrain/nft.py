@@ -193,7 +193,7 @@ class DiffusionNFT(RolloutTrainer):
             losses = losses + config.kl_weight * kl
             metrics["kl"] = kl.detach().sum()
         metrics |= {name: score.sum() for name, score in target.scores.items()}
-        return losses.sum(), float(len(losses)), {"loss": losses.detach().sum(), **metrics}
+        return losses.sum(), float(len(losses)), {"loss": losses.detach(), **metrics}
 
 
 def matching(v: Tensor, target: Target, inputs: ModelInputs) -> Tensor:

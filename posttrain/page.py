@@ -39,7 +39,8 @@ class Paged:
         """Write the page, once the run is at its end."""
         if hasattr(super(), "finished"):
             super().finished(run)
-        print(f"open {write_page(run, self.captions)}", flush=True)
+        captions = self.captions and [*self.captions, *self.config.own_prompts()]
+        print(f"open {write_page(run, captions)}", flush=True)
 
 
 def gains(folder: Path) -> dict[str, dict[str, Any]]:

@@ -44,8 +44,9 @@ class StageConfig(DataConfig):
     """Of the logit-normal density before the shift by resolution: above 0 for more noise."""
     density_std: float = 1.0
     """Of the same: below 1 for fewer extremes."""
-    held_out: int = 0
-    """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws."""
+    held_out: int | None = None
+    """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws.
+    Default: a fiftieth, 512 at most; none of data that are still being made, or of --shares."""
     sample_every: int = 1000
     """Steps between pictures in samples/, which need --components."""
     validate_every: int = 5000
@@ -53,6 +54,7 @@ class StageConfig(DataConfig):
 
     NAME: ClassVar = "pretrain"
     MEASURES_FIRST: ClassVar = False
+    HELD_OUT_SHARE: ClassVar = 1 / 50
 
     @classmethod
     def defaults(cls, argv: list[str]) -> "StageConfig":

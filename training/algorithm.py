@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from training.kinds import Kinds
     from training.randomness import Randomness
 
 Model = Callable[[Any], Any]
@@ -19,7 +20,8 @@ Model = Callable[[Any], Any]
 Frozen = Mapping[str, Model]
 """Frozen policies by name, run without gradient; "ema" is the moving average of the policy."""
 Metrics = dict[str, "Tensor"]
-"""Sums over the batch's weight; the engine divides them by the total weight."""
+"""Sums over the batch's weight, or a value for each sample [n], which the engine sums; it divides by the total weight.
+"loss" for each sample is logged by kind of sample, too (`training.kinds`)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Prepared:
 
     inputs: Any
     aux: Any
+    keys: tuple[str, ...] = ()
+    """Of its samples, where they have some."""
+    kinds: "Kinds | None" = None
+    """Of its samples, where there are some."""
 
 
 class Algorithm(Protocol):

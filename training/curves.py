@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,34 @@ def plot(curves: dict[str, list[tuple[float, float]]]) -> bytes:
         axis.plot(*zip(*points, strict=True), lw=1, marker="o" if len(points) < 20 else None, ms=3)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def plot_lines(
+    charts: dict[str, dict[str, list[tuple[float, float]]]], logarithmic: Collection[str] = (), columns: int = 3
+) -> bytes:
+    """A PNG of small plots in rows, one for each title's lines by their labels; at least one chart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = -(-len(charts) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, charts.items(), strict=False):
+        for label, points in lines.items():
+            axis.plot(*zip(*points, strict=True), lw=1, label=label, marker="o" if len(points) < 20 else None, ms=3)
+        axis.set_title(title, fontsize=9)
+        axis.set_yscale("log" if title in logarithmic else "linear")
+        axis.tick_params(labelsize=7)
+        if len(lines) > 1:
+            axis.legend(fontsize=6, ncols=2, framealpha=0.5)
+    for axis in axes.flat[len(charts) :]:
+        axis.set_visible(False)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)

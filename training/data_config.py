@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from command_line import UserError
 from training.cost.step import Work
@@ -33,6 +33,9 @@ class DataConfig(RunConfig):
     held_out: int | None = None
     """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws.
     Default: a tenth, 512 at most; none of data that are still being made, or of --shares."""
+
+    HELD_OUT_SHARE: ClassVar[float] = 1 / 10
+    """Of the samples, where no number is given."""
 
     def work(self) -> Work:
         return replace(super().work(), samples=self.batch_size, encodes=self.validation is not None)

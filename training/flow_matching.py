@@ -58,8 +58,8 @@ class VelocityMSE:
         return noised(batch, texts, noise, sigma, align)
 
     def loss(self, model: Model, frozen: Frozen, inputs: ModelInputs, target: Tensor) -> tuple[Tensor, float, Metrics]:
-        loss = per_sample_mean((model(inputs).float() - target) ** 2, inputs).sum()
-        return loss, float(inputs.pack.n_samples), {"loss": loss.detach()}
+        losses = per_sample_mean((model(inputs).float() - target) ** 2, inputs)
+        return losses.sum(), float(inputs.pack.n_samples), {"loss": losses.detach()}
 
 
 def noised(

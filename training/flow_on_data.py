@@ -126,7 +126,7 @@ class FlowOnData(VelocityMSE):
             if count:
                 raise UserError("nothing can be held out of --shares, or of data still being made: --held-out 0")
             return 0
-        return min(HELD_OUT, len(self.whole) // 10) if count is None else count
+        return min(HELD_OUT, int(len(self.whole) * self.config.HELD_OUT_SHARE)) if count is None else count
 
     def batches(self) -> Loader:
         config, engine, order = self.config, self.studio.engine, None

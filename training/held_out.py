@@ -16,6 +16,7 @@ from data_pipeline.loader import microbatches
 from data_pipeline.sample import EncodedSample
 from model.moving import moved
 from training.flow_matching import VelocityMSE, per_sample_mean
+from training.kinds import BANDS
 from training.randomness import Randomness
 from training.run_folder import RunFolder
 
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 
 DRAWS = 8
 """Noise levels, with their noise, that each held-out sample is measured at."""
-BANDS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
-"""Ends of the bands of noise levels that are averaged apart."""
-
-
 DRAW_BY = Randomness(0)
 """What the draws are made by, whatever the run's seed."""
 

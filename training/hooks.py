@@ -34,6 +34,23 @@ class SampleHook:
                 _row(pictures).save(file, "PNG")
 
 
+def requests_for(texts: list[str], studio: Studio, side_px: int) -> "list[Request]":
+    """Requests for square pictures of a user's prompts, each at the seed that its text gives."""
+    from model.sampling.draw import Request
+    from model.sampling.guidance import Condition
+    from model.text_to_image import PIXELS_PER_LATENT
+    from training.randomness import Randomness
+
+    if not texts:
+        return []
+    *hidden, empty = (states.cpu() for states in studio.encode([*texts, " "]))
+    side, rng = side_px // PIXELS_PER_LATENT, Randomness(0)
+    return [
+        Request(Condition(states, empty), rng.normal(text, 0, "sample", (16, 1, side, side)))
+        for text, states in zip(texts, hidden, strict=True)
+    ]
+
+
 class Validation(Protocol):
     """Scores pictures of prompts that never change. A user's own is named by --validation FILE.py:CLASS."""
 

@@ -9,6 +9,7 @@ held_out.jsonl   the same of the loss on held-out samples
 validation/, held_out/   what each picture, or sample, was given
 samples/         pictures
 checkpoints/     step_00001000/ ...
+best             a link to the checkpoint that was measured best
 """
 
 import json
@@ -18,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from command_line import read_toml, write_toml
-from files import atomic_file, write_json
+from files import atomic_file, link, write_json
+from training.engine.checkpoint import list_checkpoints, prune, step_of
 
 HARMLESS = {
-    "steps", "save_every", "keep", "sample_every", "validate_every", "validation", "out", "seeds", "dry_run", "gpu",
+    "steps", "save_every", "keep", "keep_every", "best", "sample_every", "sample_prompts", "validate_every",
+    "validation", "out", "seeds", "dry_run", "gpu",
 }  # fmt: skip
 """Settings that a run may change on its way without being another run."""
 MEASURES = ("held_out", "validation")
 """What hooks measure now and then."""
+BEST = "best"
+"""Link to the best checkpoint."""
 GAINS = "gains.json"
 """What a run gained, last measurement minus first, where it measured before its first step."""
 
@@ -37,6 +42,8 @@ class RunFolder:
         self.path, self.writes = Path(path), writes
         self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self._metrics = self._speed = self._board = None
+        self.images = 0.0
+        """Samples that the rows so far have learnt from."""
         if writes:
             for folder in (self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +66,7 @@ class RunFolder:
         if any(json.loads(row)["step"] != i for i, row in enumerate(kept, 1)) or len(kept) < step:
             raise ValueError(f"{file} does not hold one row for each of {step} steps; restore it or start a new run")
         _replace(file, kept)
+        self.images = sum(json.loads(row).get("samples") or 0 for row in kept)
         for measured in (self.path / f"{name}.jsonl" for name in MEASURES):
             if measured.exists():
                 rows = measured.read_text().splitlines(keepends=True)
@@ -68,9 +76,12 @@ class RunFolder:
         self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
-        """Append the row of a step; what is not finite becomes null. `speed` goes to a file of its own."""
+        """Append the row of a step; what is not finite becomes null. `speed`, and the images seen so far, go to a file
+        of their own."""
         if not self.writes:
             return
+        self.images += metrics["samples"]
+        speed = {**speed, "images": self.images}
         self._metrics.write(_row(step, metrics))
         self._metrics.flush()
         self._speed.write(_row(step, speed))
@@ -93,6 +104,22 @@ class RunFolder:
         """Bring all rows to disk, as before a checkpoint that relies on them."""
         if self.writes:
             os.fsync(self._metrics.fileno())
+
+    def tidy(self, keep: int, keep_every: int, best: str) -> None:
+        """Point to the best checkpoint and delete those that are not kept (see `loop.LoopConfig`)."""
+        found = self._best(*best.split("/", 1)) if best else None
+        if found is not None:
+            link(self.path / BEST, found.relative_to(self.path))
+        prune(self.checkpoints, keep, keep_every, found)
+
+    def _best(self, measured: str, name: str) -> Path | None:
+        """The checkpoint whose step was measured best: the lowest on held-out samples, the highest in validation."""
+        file = self.path / f"{measured}.jsonl"
+        rows = [json.loads(row) for row in file.read_text().splitlines()] if file.exists() else []
+        scores = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+        there = [folder for folder in list_checkpoints(self.checkpoints) if step_of(folder) in scores]
+        sign = -1 if measured == "held_out" else 1
+        return max(there, key=lambda folder: sign * scores[step_of(folder)], default=None)
 
     def close(self) -> None:
         """Close the logs."""

@@ -44,7 +44,7 @@ class Source:
     @cached_property
     def run(self) -> Path | None:
         """The run folder (with a config.toml) that this is, or is a checkpoint of."""
-        folders = (self.path, *self.path.absolute().parents[:2])
+        folders = (self.path, *self.path.absolute().parents[:3])
         return next((p for p in folders if (p / "config.toml").is_file()), None)
 
     @cached_property

@@ -56,6 +56,9 @@ class RunConfig:
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     sample_every: int = 200
     """Steps between pictures in samples/."""
+    sample_prompts: Path | None = None
+    """Text file with a prompt in each line: drawn beside the others in samples/, by the text encoder of the
+    components."""
     validation: str | None = None
     """MODULE:CLASS or FILE.py:CLASS whose prompts the moving average draws and which scores the pictures."""
     validate_every: int = 500
@@ -137,6 +140,17 @@ class RunConfig:
     def guidance(self) -> float:
         """Guidance of samples and validations."""
         return getattr(self, "cfg_scale", 4.0)
+
+    def own_prompts(self) -> list[str]:
+        """The prompts of --sample-prompts. UserError if there are none, or nothing that could encode them."""
+        if self.sample_prompts is None:
+            return []
+        found = [line.strip() for line in self.sample_prompts.read_text().splitlines() if line.strip()]
+        if not found:
+            raise UserError(f"{self.sample_prompts} holds no prompts; give one a line")
+        if self.components is None or not (self.components / "text_encoder").is_dir():
+            raise UserError(f"--sample-prompts needs a text encoder, and {self.components} has none: see --components")
+        return found
 
     def side_px(self) -> int:
         """Side of the square whose area the run's pictures have; validation draws at it."""
@@ -235,6 +249,7 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
     from training.run_folder import RunFolder
     from training.studio import Studio
 
+    config.own_prompts()  # refuses before anything is loaded
     noted = _noted(config.out)
     foreseen = before_a_run(config) if os.environ.get("RANK", "0") == "0" else None
     if foreseen is not None:
@@ -264,7 +279,7 @@ def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
     """What the trainer measures, then pictures and validation, if there are a VAE and a text encoder for them."""
     from model.sampling.draw import Sampler
     from model.sampling.schedule import FixedSchedule
-    from training.hooks import SampleHook, ValidationHook
+    from training.hooks import SampleHook, ValidationHook, requests_for
     from training.studio import SharedGenerator
 
     hooks: list[Any] = trainer.hooks(run_folder) if hasattr(trainer, "hooks") else []
@@ -272,7 +287,8 @@ def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
         return hooks
     studio, first = trainer.studio, config.MEASURES_FIRST
     sampler = Sampler(FixedSchedule(20), cfg_scale=config.guidance)
-    hooks.append(SampleHook(config.sample_every, run_folder, studio, trainer.shown(), sampler, first))
+    shown = trainer.shown() + requests_for(config.own_prompts(), studio, config.side_px())
+    hooks.append(SampleHook(config.sample_every, run_folder, studio, shown, sampler, first))
     if config.validation and config.validate_every and studio.has_text_encoder:
         validation = load_named(config.validation)()
         generator = SharedGenerator(studio, validation.texts, sampler)

@@ -61,12 +61,8 @@ def train_and_save(rank: int, folder: Path, layout: tuple[int, int, bool]) -> di
     return step(engine, 2)
 
 
-def load_and_save(rank: int, source: Path, target: Path, layouts: dict, lean: bool = False) -> dict[str, dict]:
+def load_and_save(rank: int, source: Path, target: Path, layouts: dict) -> dict[str, dict]:
     """Load in each layout, save again at once, and do one step."""
-    from training.engine import saving
-
-    if lean:
-        saving.LEAN_PARAMETERS = 0
     metrics = {}
     for name, layout in layouts.items():
         engine = make_engine(layout)
@@ -82,7 +78,6 @@ def test_a_checkpoint_loads_in_any_layout(tmp_path: Path):
     whole = stored(source)
     layouts = {"tp2": (2, 1, False), "dp2": (1, 1, False), "cp2": (1, 2, False)}
     later = run_world(2, load_and_save, source, tmp_path, layouts)[0]
-    later |= run_world(2, load_and_save, source, tmp_path, {"lean dp2": (1, 1, False)}, True)[0]
     later |= run_world(1, load_and_save, source, tmp_path, {"one": (1, 1, False)})[0]
     for name, metrics in later.items():
         assert same(stored(tmp_path / name), whole), name

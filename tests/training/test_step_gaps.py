@@ -118,7 +118,7 @@ def norms(rank: int) -> tuple[float, float, bool]:
     engine.backward(VelocityMSE(), [samples()[engine.dp_rank :: 2]], Randomness(0))
     with device.megatron_region():
         engine.optimizer.prepare_grads()
-        squared, bad = clipping.squared_norm(engine.optimizer, torch.zeros(()))
+        squared, bad, *_ = clipping.squared_norms(engine.optimizer, torch.zeros(()), engine.health.member())
         before = [p.grad.clone() for p in engine.optimizer.get_parameters()]
         theirs = engine.optimizer.clip_grad_norm(0.5)
     clipped = [p.grad.clone() for p in engine.optimizer.get_parameters()]

@@ -6,12 +6,13 @@ import random
 import shutil
 import signal
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from mixed_batch import CONFIG, fill, samples
+from small_loop import CONFIGURATION, At, Cycle, assert_same_run, count_rows, run_loop, train
 from worlds import run_world, start
 
 from model.packing import ModelInputs
@@ -19,77 +20,6 @@ from training.engine.checkpoint import list_checkpoints, read_weights
 from training.flow_matching import VelocityMSE
 from training.loop import LoopConfig
 from training.run_folder import read_metrics
-
-
-@dataclass
-class Cycle:
-    """The mixed batch for ever (or `length` steps), epoch after epoch; a cursor like a loader's."""
-
-    dp_rank: int = 0
-    dp_size: int = 1
-    length: int = 10**9
-    epoch: int = 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> list:
-        if self.epoch == self.length:
-            raise StopIteration
-        self.epoch += 1
-        mine = samples(self.epoch)[self.dp_rank :: self.dp_size]
-        return [mine[:1], mine[1:]]
-
-    def state_dict(self) -> dict:
-        return {"epoch": self.epoch}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.epoch = state["epoch"]
-
-
-@dataclass
-class At:
-    """A hook that calls `action` at some steps."""
-
-    action: object
-    steps: tuple[int, ...]
-    every: int = 1
-    seen: list[int] = field(default_factory=list)
-
-    def __call__(self, engine, step: int) -> None:
-        self.seen.append(step)
-        if step in self.steps:
-            self.action()
-
-
-def train(folder: Path, config: LoopConfig, batches=None, hooks=(), objective=None, **settings) -> float:
-    """Run the loop in this process; returns the number of skipped steps."""
-    from training.engine.config import EngineConfig, OptimizerConfig
-    from training.engine.step import Engine
-    from training.loop import train
-    from training.run_folder import RunFolder
-
-    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=3, schedule="cosine")
-    engine = Engine(CONFIG, EngineConfig(optimizer=optimizer, ema_decay=0.9, **settings), config.steps)
-    fill(engine.model)
-    engine.weights_changed()
-    batches = batches or Cycle(engine.dp_rank, engine.dp_size)
-    train(engine, objective or VelocityMSE(), batches, config, RunFolder(folder, config, engine.rank == 0), hooks)
-    return engine.skipped
-
-
-def run_loop(rank: int, folder: Path, config: LoopConfig, *args) -> float:
-    return train(folder, config, *args)
-
-
-CONFIGURATION = LoopConfig(steps=14, save_every=3, keep=2, seed=3)
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
-    for ema in (True, False):
-        x, y = read_weights(a, ema)[1], read_weights(b, ema)[1]
-        assert x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +41,6 @@ def test_a_run_killed_again_and_again_equals_one_that_was_not(undisturbed: Path,
         process.join()
     run_world(1, run_loop, tmp_path, CONFIGURATION)
     assert_same_run(undisturbed, tmp_path)
-
-
-def count_rows(folder: Path) -> int:
-    file = folder / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def interrupted_loop(rank: int, folder: Path, number: int, at: int) -> str:

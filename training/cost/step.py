@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import ceil, prod
 from pathlib import Path
+from typing import Any
 
 from model.config import MMDiTConfig
 from training.cost.activations import FP32, Kept, Microbatch, Place, kept
@@ -137,6 +138,17 @@ def sample_flops(w: Weights, img: int, txt: int) -> tuple[int, int, int]:
         forward, blocks = forward + attention, blocks + attention
         backward += 2 * attention * (number > w.first_adapted or bool(_before_attention(number) & w.adapted))
     return forward, backward, blocks
+
+
+def policy_work(w: Weights | None, inputs: Any) -> tuple[int, int]:
+    """Tokens of a pack of samples, its tails apart, and FLOPs of one forward and backward pass of it.
+
+    0 for a model that is no MMDiT.
+    """
+    if w is None:
+        return 0, 0
+    sizes = [(s.joint - s.txt, s.txt) for s in inputs.pack.shapes]
+    return sum(map(sum, sizes)), sum(sum(sample_flops(w, *size)[:2]) for size in sizes)
 
 
 def _rows(name: str, img: int, txt: int) -> int:

@@ -43,7 +43,12 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints of a folder, newest first."""
     found = [p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def digest(path: Path) -> str:
@@ -52,12 +57,12 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def describe_files(folder: Path, names: list[str]) -> dict[str, list]:
+def describe_files(files: list[Path]) -> dict[str, list]:
     """Manifest entries {name: [bytes, digest]}, each file fsynced."""
     entries = {}
-    for name in names:
-        fsync(folder / name)
-        entries[name] = [(folder / name).stat().st_size, digest(folder / name)]
+    for file in files:
+        fsync(file)
+        entries[file.name] = [file.stat().st_size, digest(file)]
     return entries
 
 
@@ -198,10 +203,12 @@ def publish(temporary: Path, final: Path) -> None:
     fsync(final.parent)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete checkpoints older than the newest `keep`, and what an interrupted save or delete left."""
+def prune(checkpoints: Path, keep: int, keep_every: int = 0, best: Path | None = None) -> None:
+    """Delete checkpoints but the newest `keep`, those of every `keep_every` steps and `best`, and what an interrupted
+    save or delete left."""
     for folder in list_checkpoints(checkpoints)[max(1, keep) :]:
-        remove(folder)
+        if folder != best and (not keep_every or step_of(folder) % keep_every):
+            remove(folder)
     for leftover in checkpoints.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -8,9 +8,11 @@ do nothing.
 import contextlib
 import logging
 import os
+import resource
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -66,6 +68,8 @@ class Layout:
     """Ranks that hold the same weights: data and context parallel."""
     host_group: dist.ProcessGroup | None
     """All ranks, over which the hosts exchange CPU tensors; None is the default group."""
+    writers_group: dist.ProcessGroup
+    """All ranks, over which their threads that write checkpoints agree."""
 
 
 def start(parallel: ParallelConfig) -> Layout:
@@ -116,11 +120,21 @@ def start(parallel: ParallelConfig) -> Layout:
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         host_group=dist.new_group(timeout=PATIENCE, backend="gloo") if cuda else None,
+        writers_group=dist.new_group(timeout=PATIENCE, backend="gloo"),
     )
 
 
 def _world_of_one() -> dict:
     return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that were taken on a GPU at most since this was last asked; of a CPU, what the process has now."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def stop() -> None:

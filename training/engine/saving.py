@@ -3,10 +3,14 @@
 The format is in `checkpoint.py`. Where adapters train, they are all that is saved of the weights. Optimizer state is
 `fully_reshardable`: stored in the parameters' own shapes, it loads under any number of tensor-, context- and
 data-parallel ranks. The moving average is stored likewise.
+
+What is saved is copied to the host's memory; a thread writes it while training goes on, over a process group of its
+own. One save is under way at most.
 """
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +28,47 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from files import write_json
 from model.config import LoRAConfig
 from model.ops import fill_weight
+from training.behind import Behind
 from training.ema import MovingAverage
 from training.engine import checkpoint
 from training.engine.device import Layout, megatron_region
 from training.engine.quantized import quantized_layers
 from training.engine.shards import Shards
 
-LEAN_PARAMETERS = 10**9
-"""From so many parameters a rank, one rank of each data-parallel group gathers optimizer state instead of all."""
-
 SHARDING = "fully_reshardable"
 """Megatron's name of the format of optimizer state."""
+WEIGHTS = "model."
+"""What the weights' names begin with."""
 STATE_PARTS = ("param", "exp_avg", "exp_avg_sq")
 """Of a parameter's state, each fp32 and in its shape."""
 
 
-class _InProcessSave(TorchDistSaveShardedStrategy):
-    """Writes from this process; Megatron's own forks writers and spawns a manager, unsafe beside CUDA and threads."""
+class _Copy(TorchDistSaveShardedStrategy):
+    """Copies what this rank is to write to the host's memory; Megatron's own writers are forked, which is unsafe beside
+    CUDA and threads."""
+
+    state: dict[str, Any]
+    data: list[Tensor]
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        for key, parts in state.items():
+            for part in parts:
+                alive = key.startswith(WEIGHTS)  # optimizer state and averages have just been gathered
+                if isinstance(part, ShardedTensor):
+                    part.data = part.data.detach().to("cpu", copy=alive)
+        self.data = [part.data for parts in state.values() for part in parts if isinstance(part, ShardedTensor)]
+        self.state = mcore_to_pyt_state_dict(state, False)
+
+    def free(self) -> None:
+        """Give the copies' memory back; torch's planner is in a circle of references that holds them."""
+        for data in self.data:
+            data.untyped_storage().resize_(0)
 
 
 @dataclass
@@ -67,37 +82,74 @@ class Saving:
     averages: dict[str, MovingAverage]
     layout: Layout
     lora: LoRAConfig | None = None
+    _writer: Behind = field(default_factory=lambda: Behind("checkpoint"))
 
-    def save(self, folder: Path, info: dict[str, Any]) -> None:
-        """Write checkpoint `folder`; `info` is JSON that `load` gives back. All ranks share the file system."""
+    @torch.no_grad()
+    def save(self, folder: Path, info: dict[str, Any], published: Callable[[], None] = lambda: None) -> None:
+        """Begin to write checkpoint `folder` of this moment, once the one before it is written.
+
+        `info` is JSON that `load` gives back; rank 0 calls `published` when the folder is there. All ranks share the
+        file system. Raises what `wait` does.
+        """
+        self.wait()
         temporary, layout = folder.with_name(f".tmp-{folder.name}"), self.layout
         if layout.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        strategy = _InProcessSave("torch_dist", 1)
+        copy = strategy = _Copy("torch_dist", 1)
         if layout.dp_cp_group.size() > 1:
             strategy = FullyParallelSaveStrategyWrapper(strategy, layout.dp_cp_group)
         with megatron_region():
-            averages = {_prefix(name): self._whole(name) for name in self.averages}
+            averages = {
+                _prefix(name): self._gathered(average.average, f"{_prefix(name)}.")
+                for name, average in self.averages.items()
+            }
             state = {**self._weights(), **self._optimizer(), **averages}
             dist_checkpointing.save(state, str(temporary), sharded_strategy=strategy)
+        updates = {name: average.updates for name, average in self.averages.items()}
+        info = {"model": checkpoint.plain(self.model_config), "updates": updates, **info}
+        if self.lora is not None:
+            info["lora"] = checkpoint.plain(self.lora)
+        self._writer.start(lambda: self._write(copy, temporary, folder, info, published))
 
-        mine = sorted(p.name for p in temporary.glob(f"__{layout.rank}_*"))
-        parts: list[Any] = [None] * layout.world_size
-        dist.all_gather_object(parts, checkpoint.describe_files(temporary, mine))
-        if layout.rank == 0:
-            updates = {name: average.updates for name, average in self.averages.items()}
-            state = {"model": checkpoint.plain(self.model_config), "updates": updates, **info}
-            if self.lora is not None:
-                state["lora"] = checkpoint.plain(self.lora)
-            write_json(temporary / checkpoint.STATE, state)
-            shared = sorted(p.name for p in temporary.iterdir() if not p.name.startswith("__"))
-            parts.append(checkpoint.describe_files(temporary, shared))
-            manifest = {name: entry for part in parts for name, entry in part.items()}
-            write_json(temporary / checkpoint.MANIFEST, manifest)
+    def wait(self) -> None:
+        """Return when the save that was begun is finished. OSError, on all ranks, if it could not be written."""
+        try:
+            self._writer.wait()
+        except CheckpointException as error:  # torch's, with a traceback in many lines
+            said = [f"rank {rank}: {found[0]}" for rank, found in error.failures.items()]
+            raise OSError(f"a checkpoint could not be written: {'; '.join(said)}") from error
+        except RuntimeError as error:
+            raise OSError(f"a checkpoint could not be written: {error}") from error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save that was begun has failed, as far as this rank knows yet."""
+        return self._writer.failed
+
+    def _write(self, copy: _Copy, temporary: Path, folder: Path, info: dict, published: Callable[[], None]) -> None:
+        """Write copies to the disk and give the folder its name: the thread's work, all ranks' together."""
+        rank, group = self.layout.rank, self.layout.writers_group
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        try:
+            writer = FileSystemWriter(temporary)
+            torch_checkpoint.save(copy.state, storage_writer=writer, planner=planner, process_group=group)
+        finally:
+            copy.free()
+        parts = _together(lambda: checkpoint.describe_files(sorted(temporary.glob(f"__{rank}_*"))), group)
+
+        def publish() -> None:
+            write_json(temporary / checkpoint.STATE, info)
+            shared = sorted(p for p in temporary.iterdir() if not p.name.startswith("__"))
+            entries = [*parts, checkpoint.describe_files(shared)]
+            write_json(
+                temporary / checkpoint.MANIFEST, {name: entry for part in entries for name, entry in part.items()}
+            )
             checkpoint.publish(temporary, folder)
-        dist.barrier()
+            published()
+
+        _together(publish if rank == 0 else lambda: None, group)
 
     @torch.no_grad()
     def load(self, folder: Path) -> dict[str, Any]:
@@ -187,43 +239,59 @@ class Saving:
 
     def _weights(self) -> dict[str, Any]:
         saved = {n: p for n, p in self.model.named_parameters() if self.lora is None or p.requires_grad}
-        return {"model": {n: self._sharded(f"model.{n}", p, p) for n, p in saved.items()}}
+        return {"model": {n: self._sharded(f"{WEIGHTS}{n}", p, p) for n, p in saved.items()}}
 
     def _optimizer(self) -> dict[str, Any]:
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        metadata = {
-            "distrib_optim_sharding_type": SHARDING,
-            "distrib_optim_fully_reshardable_mem_efficient": trainable >= LEAN_PARAMETERS,
+        """Optimizer state in Megatron's format, every tensor kept by one rank of those that share it.
+
+        Megatron's own gathers it in buffers as large as all of it, which takes several times as long.
+        """
+        self._require_state()
+        masters, state, numbers = self.shards.masters(), self.optimizer.optimizer.state, self._numbers()
+        found: dict[int, dict[str, ShardedTensor]] = {}
+        for part in STATE_PARTS:
+            slices = masters if part == "param" else {name: state[own][part] for name, own in masters.items()}
+            for name, tensor in self._gathered(slices, f"optimizer.state.{part}.{WEIGHTS}").items():
+                found.setdefault(numbers[name], {})[part] = tensor
+        return {
+            "optimizer": self.optimizer.state_dict() | {"param_state": found, "param_state_sharding_type": SHARDING}
         }
-        state = self.optimizer.sharded_state_dict(self._weights(), metadata=metadata)
-        if state["param_state"] is None:  # gathered on another rank
-            state["param_state"] = {}
-        return {"optimizer": state}
 
     def _optimizer_room(self) -> dict[str, Any]:
         """Room for the state of every parameter of which this rank holds a slice, as `_optimizer` stores it.
 
         Megatron's own has room for all parameters on every rank: 12 bytes each, in host memory.
         """
-        optimizer, mine = self.optimizer, self.shards.masters()
-        whole = optimizer.state_dict()
-        optimizer.load_state_dict(optimizer.state_dict())  # makes the slices' state, if there is none yet
-        names = {param: name for name, param in self.model.named_parameters()}
-        order = [names[param] for buffer in optimizer.buffers for param in buffer.param_index_map]
+        self._require_state()
+        mine, numbers = self.shards.masters(), self._numbers()
         state = {
-            i: {part: self._own_room(f"optimizer.state.{part}.model.{name}", name) for part in STATE_PARTS}
-            for i, name in enumerate(order)
-            if name in mine
+            numbers[name]: {
+                part: self._own_room(f"optimizer.state.{part}.{WEIGHTS}{name}", name) for part in STATE_PARTS
+            }
+            for name in mine
         }
-        return {"optimizer": {**whole, "param_state": state, "param_state_sharding_type": SHARDING}}
+        return {
+            "optimizer": self.optimizer.state_dict() | {"param_state": state, "param_state_sharding_type": SHARDING}
+        }
 
-    def _whole(self, average: str) -> dict[str, ShardedTensor]:
-        """Whole averages, each kept by one rank of those that share it, in host memory."""
+    def _numbers(self) -> dict[str, int]:
+        """Megatron's number of each trainable parameter: its place in the optimizer's buffers."""
+        names = {param: name for name, param in self.model.named_parameters()}
+        order = [names[param] for buffer in self.optimizer.buffers for param in buffer.param_index_map]
+        return {name: i for i, name in enumerate(order)}
+
+    def _require_state(self) -> None:
+        """Make the slices' state if there is none yet, before the first update."""
+        if not self.optimizer.optimizer.state:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
+
+    def _gathered(self, slices: dict[str, Tensor], prefix: str) -> dict[str, ShardedTensor]:
+        """Whole tensors of all ranks' slices, each kept by one rank of those that share it: copies in host memory."""
         group, kept = self.layout.dp_cp_group, {}
-        for i, (name, whole) in enumerate(self.shards.gather(self.averages[average].average)):
+        for i, (name, whole) in enumerate(self.shards.gather(slices)):
             if i % group.size() == group.rank():
-                param, key = self.model.get_parameter(name), f"{_prefix(average)}.{name}"
-                kept[name] = self._sharded(key, param, whole.cpu().clone(), replica=0)
+                param = self.model.get_parameter(name)
+                kept[name] = self._sharded(f"{prefix}{name}", param, whole.to("cpu", copy=True), replica=0)
         return kept
 
     def _room(self, average: str) -> dict[str, ShardedTensor]:
@@ -241,6 +309,21 @@ class Saving:
 def _prefix(average: str) -> str:
     """What an average's tensors are called in a checkpoint."""
     return average if average == "ema" else f"frozen.{average}"
+
+
+def _together(work: Callable[[], Any], group: dist.ProcessGroup) -> list[Any]:
+    """What `work` gives on each rank; where it fails on one, all raise RuntimeError."""
+    result, problem = None, None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 - raised again, on all ranks
+        problem = error
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (result, None if problem is None else str(problem)), group=group)
+    said = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(found) if text is not None]
+    if said:
+        raise RuntimeError("; ".join(said)) from problem
+    return [result for result, _ in found]
 
 
 def _shared_view(folders: list[Path]) -> list[Path]:

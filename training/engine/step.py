@@ -19,22 +19,27 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from model.config import MMDiTConfig
 from model.lora import Adapters, add_adapters, initialize_adapters, load_adapters
 from model.mmdit import MMDiT
 from model.moving import moved, pinned
 from model.ops import Ops, fill_weight
 from training.ahead import one_ahead
 from training.algorithm import Algorithm, Prepared
+from training.cost.step import policy_work
+from training.cost.weights import Weights
 from training.ema import ramped
 from training.engine import adam, checkpoint, clipping, device, muon
 from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig
 from training.engine.frozen import FrozenPolicies
+from training.engine.health import GROUPS, Health
 from training.engine.ops import MegatronOps
 from training.engine.quantized import QuantizedOps
 from training.engine.saving import Saving
 from training.engine.shards import Shards
 from training.engine.swap import Swap
+from training.kinds import kinds_of
 from training.randomness import Randomness
 
 COMPILED_QUANTUM = 256
@@ -86,6 +91,9 @@ class Engine:
         self._saving = Saving(
             model_config, self.model, self.optimizer, self.shards, self.frozen.averages, layout, config.lora
         )
+        self.health = Health(layout, self.optimizer, self.shards)
+        known = isinstance(model_config, MMDiTConfig)
+        self._weights = Weights(model_config, config.lora, config.quantize, config.swap_blocks) if known else None
         self.step_count = self.skipped = 0
 
     # Weights
@@ -127,11 +135,12 @@ class Engine:
 
     def prepare(self, algorithm: Algorithm, batch: list[Any], rng: Randomness) -> Prepared:
         """A microbatch as `step` takes it; touches no model, so that another thread may do it beforehand."""
-        ready = algorithm.prepare(batch, rng, self.align)
+        inputs, aux = algorithm.prepare(batch, rng, self.align)
+        ready = Prepared(inputs, aux, tuple(getattr(item, "key", "") for item in batch), kinds_of(batch, inputs))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # each thread has a device of its own
             ready = pinned(ready)
-        return Prepared(*ready)
+        return ready
 
     def step(
         self, algorithm: Algorithm, microbatches: Sequence[list[Any] | Prepared], rng: Randomness
@@ -139,7 +148,8 @@ class Engine:
         """One update from this data-parallel rank's microbatches; returns metrics, equal on all ranks.
 
         Metrics: the algorithm's (averages over the weight), `grad_norm` (before clipping), `lr`, `samples` (weight of
-        the step) and `skipped` (steps so far whose loss or gradient was not finite: such a step changes no weight).
+        the step), `tokens`, `flops` (of the policy's forward and backward pass), `skipped` (steps so far whose loss or
+        gradient was not finite: such a step changes no weight), and those of `health`.
         """
         totals = self.backward(algorithm, microbatches, rng)
         return self.update(totals)
@@ -153,21 +163,28 @@ class Engine:
             raise ValueError("every rank needs at least one microbatch a step")
         self._ddp.zero_grad_buffer()
         self.frozen.first_microbatch()
+        self.health.begin()
         totals: dict[str, Tensor] = {}
         for i, ready in enumerate(self._prepared(algorithm, microbatches, rng)):
-            inputs, aux = moved((ready.inputs, ready.aux), self.device)
+            inputs, aux, kinds = moved((ready.inputs, ready.aux, ready.kinds), self.device)
             with nullcontext() if i == len(microbatches) - 1 else self._ddp.no_sync():
                 loss, weight, metrics = algorithm.loss(self._ddp, self.frozen, inputs, aux)
                 loss.backward()
-            for name, value in {**metrics, "_loss": loss.detach(), "_weight": weight}.items():
+            tokens, flops = policy_work(self._weights, inputs)
+            counted = {"_loss": loss.detach(), "_weight": weight, "_tokens": tokens, "_flops": flops}
+            for name, value in {**metrics, **counted}.items():
                 totals[name] = totals.get(name, 0) + self._scalar(value)
+            losses = metrics.get("loss")
+            if kinds is not None and losses is not None and losses.shape == kinds.member.shape[1:]:
+                self.health.add(kinds, losses)
         with device.megatron_region():
             self._ddp.finish_grad_sync()
             self._sum_partial_gradients()
         names = sorted(totals)
-        values = torch.stack([totals[n] for n in names])
+        values = torch.cat([torch.stack([totals[n] for n in names]), self.health.losses()])
         dist.all_reduce(values, group=self.layout.dp_group)
-        return dict(zip(names, values.unbind(), strict=True))
+        self.health.reduced(values[len(names) :])
+        return dict(zip(names, values[: len(names)].unbind(), strict=True))
 
     def _prepared(
         self, algorithm: Algorithm, microbatches: Sequence[list[Any] | Prepared], rng: Randomness
@@ -178,7 +195,7 @@ class Engine:
     def _scalar(self, value: Tensor | float) -> Tensor:
         """fp64 on the device; a number goes there as an argument of a kernel, for which nobody waits."""
         if isinstance(value, Tensor):
-            return moved(value.double(), self.device)
+            return moved(value.sum().double(), self.device)
         return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def update(self, totals: dict[str, Tensor]) -> dict[str, float]:
@@ -199,19 +216,24 @@ class Engine:
         with device.megatron_region():
             self._ddp.scale_gradients((1 / totals["_weight"]).float())
             optimizer.prepare_grads()
-            values = torch.stack([*totals.values(), *clipping.squared_norm(optimizer, totals["_loss"])])
-            *sums, squared, not_finite = values.tolist()
+            norms = clipping.squared_norms(optimizer, totals["_loss"], self.health.member())
+            values = torch.cat([torch.stack([*totals.values()]), norms.double(), self.health.values()]).tolist()
+            sums, (squared, not_finite, *rest) = values[: len(totals)], values[len(totals) :]
             totals, grad_norm = dict(zip(totals, sums, strict=True)), squared**0.5
+            health = self.health.read(rest[len(GROUPS) :], rest[: len(GROUPS)])
             if not_finite or not math.isfinite(grad_norm):
                 self.skipped += 1
             else:
                 clipping.clip(optimizer, settings.clip, grad_norm)
+                before = self.health.before_update(self.step_count)
                 optimizer.step_with_ready_grads()
+                self.health.after_update(before)
                 self.frozen.policy_changed()
         self.step_count += 1
         weight = totals["_weight"]
         means = {n: value / weight if weight else math.nan for n, value in totals.items() if not n.startswith("_")}
-        return {**means, "grad_norm": grad_norm, "lr": lr, "samples": weight, "skipped": float(self.skipped)}
+        counts = {"samples": weight, "tokens": totals["_tokens"], "flops": totals["_flops"]}
+        return {**means, "grad_norm": grad_norm, "lr": lr, **counts, "skipped": float(self.skipped), **health}
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the device is not asked."""
@@ -238,13 +260,33 @@ class Engine:
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Write a checkpoint folder; `extra` is JSON that `load` gives back."""
-        self._saving.save(Path(folder), {"step": self.step_count, "skipped": self.skipped, "extra": extra})
+        self._begin_save(Path(folder), extra)
+        self.wait_for_save()
 
     def save_step(self, checkpoints: Path, extra: dict[str, Any], keep: int) -> None:
         """Write the checkpoint of this step below `checkpoints` and delete those older than the newest `keep`."""
-        self.save(checkpoint.step_folder(Path(checkpoints), self.step_count), extra)
-        if self.rank == 0:
-            checkpoint.prune(Path(checkpoints), keep)
+        self.begin_save_step(checkpoints, extra, lambda: checkpoint.prune(Path(checkpoints), keep))
+        self.wait_for_save()
+
+    def begin_save_step(self, checkpoints: Path, extra: dict[str, Any], published: Callable[[], None]) -> None:
+        """Copy what the checkpoint of this step holds, and let a thread write it below `checkpoints`.
+
+        A save that was begun before is waited for. When the checkpoint is there, rank 0's thread calls `published`.
+        """
+        self._begin_save(checkpoint.step_folder(Path(checkpoints), self.step_count), extra, published)
+
+    def _begin_save(self, folder: Path, extra: dict[str, Any], published: Callable[[], None] = lambda: None) -> None:
+        counters = {"step": self.step_count, "skipped": self.skipped, "health": self.health.state()}
+        self._saving.save(folder, {**counters, "extra": extra}, published)
+
+    def wait_for_save(self) -> None:
+        """Return when the save that was begun is on the disk. OSError, on all ranks, if it could not be written."""
+        self._saving.wait()
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether the save that was begun has failed, as far as this rank knows yet; `wait_for_save` says why."""
+        return self._saving.failed
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore weights, optimizer, averages and counters, whatever layout saved them; returns `extra`."""
@@ -264,6 +306,8 @@ class Engine:
 
     def _restored(self, state: dict[str, Any]) -> dict[str, Any]:
         self.step_count, self.skipped = state["step"], state["skipped"]
+        if "health" in state:
+            self.health.load_state(state["health"])
         self.frozen.release()
         return state["extra"]
 
