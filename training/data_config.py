@@ -28,6 +28,8 @@ class DataConfig(RunConfig):
     """Shards of --raw that may be encoded and wait to be trained on."""
     batch_size: int = 512
     """Samples in a step, over all ranks."""
+    batch_tokens: int | None = None
+    """Tokens, of text and image, in a step, over all ranks; then --batch-size counts for nothing."""
     condition_dropout: float = 0.1
     """Probability that a sample trains with the empty prompt, for guidance."""
     held_out: int | None = None
@@ -35,7 +37,11 @@ class DataConfig(RunConfig):
     Default: a tenth, 512 at most; none of data that are still being made, or of --shares."""
 
     def work(self) -> Work:
-        return replace(super().work(), samples=self.batch_size, encodes=self.validation is not None)
+        work = super().work()
+        samples = self.batch_size
+        if self.batch_tokens is not None:
+            samples = max(1, self.batch_tokens // (work.img + work.txt))
+        return replace(work, samples=samples, encodes=self.validation is not None)
 
     def require_sources(self) -> None:
         """UserError for settings of data that do not go together."""

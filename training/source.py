@@ -18,6 +18,8 @@ from training.engine import checkpoint
 
 BASE = Path(__file__).resolve().parent.parent / "base"
 """The model of the shapes world that is shipped: what every entry takes that is told nothing else."""
+AT_RANDOM = Path("random")
+"""What --init names to start from random weights."""
 Kind = Literal["run", "checkpoint", "lora", "diffusers", "hub"]
 PUBLISHED_SIDE_PX = 1024
 """Side of the pictures that a published model is post-trained on, unless told otherwise."""
