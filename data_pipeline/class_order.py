@@ -100,8 +100,8 @@ class Classes:
         if name not in (known := self.dataset.score_names):
             has = f"there are {', '.join(known)}" if known else "there are none"
             raise UserError(
-                f"draws.minimum.{name}: no sample of {self.where} has that score ({has}); curate the data, or leave "
-                "the minimum out"
+                f"draws.minimum.{name}: no sample of {self.where} has that score ({has}); curate the data, "
+                "change the draws of the recipe, or draw --natural"
             )
         return self.dataset.scores(name)
 

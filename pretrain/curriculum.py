@@ -27,25 +27,21 @@ def main(config: CurriculumConfig) -> None:
     stages = config.stage_configs()
     if config.data:
         stages = [replace(stage, data=own_data(stage, config.data)) for stage in stages]
-    for stage in stages:
-        if config.dry_run:
-            print(stage.completed().plan(), end="\n\n")
-        elif (done := steps_done(stage.out)) and done >= stage.loop.steps:
-            seen = samples_seen(stage.out, done)
-            say(f"stage {stage.res} is finished: {stage.out} (step {done:,}, {seen:,} samples seen)")
-        else:
-            train(stage)
-
-
-def train(stage: StageConfig) -> None:
-    """Train a stage, and let go of all that it took."""
+    if config.dry_run:
+        print("\n\n".join(stage.completed().plan() for stage in stages))
+        return
     from pretrain.stage import Pretraining
     from training.engine import device
 
     try:
-        train_once(stage.completed(), Pretraining, stage.init)
+        for stage in stages:
+            if (done := steps_done(stage.out)) and done >= stage.loop.steps:
+                seen = samples_seen(stage.out, done)
+                say(f"stage {stage.res} is finished: {stage.out} (step {done:,}, {seen:,} samples seen)")
+            else:
+                train_once(stage.completed(), Pretraining, stage.init)
+                gc.collect()  # the next stage needs the memory
     finally:
-        gc.collect()
         device.stop()
 
 

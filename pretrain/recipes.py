@@ -201,7 +201,8 @@ def recipe(res: int, preset: str = "tiny") -> StageConfig:
         return TOYS[res]
     if preset == "small":
         one_gpu = replace(STAGES[res].engine, parallel=ParallelConfig())
-        return replace(STAGES[res], preset="small", batch_size=256, engine=one_gpu)
+        small = dict(preset="small", batch_size=256, engine=one_gpu, ema_half_life=None, draws=Draws())
+        return replace(STAGES[res], **small)
     return STAGES[res]
 
 

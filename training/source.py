@@ -140,7 +140,7 @@ class Source:
         if self.settings.get("data"):
             from data_pipeline.dataset import read_fingerprint
 
-            return read_fingerprint(self.settings["data"][0], growing=True).resolution
+            return max(read_fingerprint(folder, growing=True).resolution for folder in self.settings["data"])
         if self.kind == "lora":
             return self.base.side_px()
         if self.kind == "hub" or self.model_config().num_parameters > TOY_PARAMETERS:
