@@ -17,7 +17,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from command_line import UserError, flag, run
+from command_line import UserError, flag, load_named, run
 from pretrain.before import samples_seen, steps_done
 from pretrain.recipes import StageConfig, likely_preset
 from training.start import train_once
@@ -30,16 +30,16 @@ def main(config: CurriculumConfig) -> None:
     if config.dry_run:
         print("\n\n".join(stage.completed().plan() for stage in stages))
         return
-    from pretrain.stage import Pretraining
     from training.engine import device
 
+    algorithm = load_named("pretrain.stage:Pretraining")
     try:
         for stage in stages:
             if (done := steps_done(stage.out)) and done >= stage.loop.steps:
                 seen = samples_seen(stage.out, done)
                 say(f"stage {stage.res} is finished: {stage.out} (step {done:,}, {seen:,} samples seen)")
             else:
-                train_once(stage.completed(), Pretraining, stage.init)
+                train_once(stage.completed(), algorithm, stage.init)
                 gc.collect()  # the next stage needs the memory
     finally:
         device.stop()

@@ -20,6 +20,8 @@ from command_line import UserError, flag, from_dict
 from data_pipeline.draws import Curve, Draws
 from model.config import PRESETS, MMDiTConfig
 from pretrain.before import RESOLUTIONS, default_place, described, start_of
+from pretrain.mixing import mean_sample, tokens_and_flops
+from training.cost.step import Work
 from training.data_config import DataConfig
 from training.demo_data import demo_data
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
@@ -87,10 +89,7 @@ class StageConfig(DataConfig):
             raise UserError(f"--density-std {self.density_std}: a spread is above 0")
         if self.shift is not None and self.shift <= 0:
             raise UserError(f"--shift {self.shift}: a factor is above 0")
-        if config.shares or config.natural:
-            config = replace(config, draws=Draws())
-        elif not config.data and config.preset == "tiny":
-            config = replace(config, draws=config.draws or DEMO_DRAWS[config.res])
+        config = config.completed_draws()
         for path in (*(config.data if config.raw is None else ()), config.components):
             if path is not None and not path.exists():
                 raise UserError(f"{path} does not exist")
@@ -102,13 +101,21 @@ class StageConfig(DataConfig):
         data = tuple(demo_data(side) for side in config.sides_px())
         return replace(config, data=data, components=config.components or BASE)
 
+    def completed_draws(self) -> "StageConfig":
+        """The same with the draws that are to be made: none with --natural or --shares, the demo's from its data."""
+        if self.shares or self.natural:
+            return replace(self, draws=Draws())
+        if not self.data and self.preset == "tiny":
+            return replace(self, draws=self.draws or DEMO_DRAWS[self.res])
+        return self
+
     def with_average(self) -> "StageConfig":
         """The same with the decay of the moving average that has its half-life."""
         if self.ema_half_life is None:
             return self
         if self.ema_half_life <= 0:
             raise UserError(f"--ema-half-life {self.ema_half_life:g}: a number of images is above 0")
-        decay = 0.5 ** (self.work().samples / self.ema_half_life)
+        decay = 0.5 ** (self.samples_a_step() / self.ema_half_life)
         return replace(self, engine=replace(self.engine, ema_decay=decay))
 
     @property
@@ -125,6 +132,20 @@ class StageConfig(DataConfig):
             known = ", ".join(map(str, RESOLUTIONS))
             raise UserError(f"draws.resolutions: there is no stage {min(unknown)}; stages are {known}")
         return {side_of(int(res), self.preset): share for res, share in shares.items()}
+
+    def samples_a_step(self) -> float:
+        """Samples in a step; of a batch in tokens, as many as prompts of the assumed length make it."""
+        if self.batch_tokens is None:
+            return self.batch_size
+        return self.batch_tokens / mean_sample(self.sides_px(), self.model)[0]
+
+    def work(self) -> Work:
+        """Samples count as ones of the stage's own resolution, also those of others that it draws."""
+        sides, work = self.sides_px(), super().work()
+        if set(sides) == {self.side_px()}:
+            return work
+        mean, own = mean_sample(sides, self.model)[1], tokens_and_flops(self.side_px(), self.model)[1]
+        return replace(work, samples=max(1, round(self.samples_a_step() * mean / own)), unit="samples' worth")
 
     def summary(self) -> str:
         sides = " and ".join(map(str, self.sides_px()))

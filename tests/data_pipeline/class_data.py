@@ -23,17 +23,17 @@ def record(text: str = "none", source: str = "photo", **more: object) -> dict:
 
 def write(
     folder: Path, records: list[dict], shards: int = 5, resolution: int = 64,
-    shape: Callable[[int], tuple[int, int, int]] = lambda i: (2, 2, 1 + i % 3),
+    shape: Callable[[int], tuple[int, int, int]] = lambda i: (2, 2, 1 + i % 3), width: int = 8,
 ) -> Path:  # fmt: skip
     """A data set of these records; `shape` gives (height, width of the latent, tokens of the prompt) of each sample."""
     folder.mkdir(parents=True)
     samples = [
-        EncodedSample(f"k{i:04d}", torch.zeros(16, 1, *shape(i)[:2]), torch.zeros(shape(i)[2], 8).bfloat16(), meta=meta)
-        for i, meta in enumerate(records)
+        EncodedSample(f"k{i:04d}", torch.zeros(16, 1, h, w), torch.zeros(txt, width).bfloat16(), meta=meta)
+        for (h, w, txt), (i, meta) in zip(map(shape, range(len(records))), enumerate(records), strict=True)
     ]
     for s in range(shards):
         write_encoded(folder / shard_name(s), samples[s::shards])
     fingerprint = Fingerprint(vae="v", text_encoder="t", template="p", resolution=resolution)
     (folder / "dataset.json").write_text(json.dumps({"fingerprint": asdict(fingerprint)}))
-    save_file({"txt": torch.ones(2, 8).bfloat16()}, folder / "empty.safetensors")
+    save_file({"txt": torch.ones(2, width).bfloat16()}, folder / "empty.safetensors")
     return folder

@@ -24,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def write(file: Path, out: Path, data: list[Path], more: str = "") -> Path:
     """A recipe of two stages of two steps."""
-    common = "[common]\nbatch_size = 2\nvalidate_every = 0\n[common.loop]\nsteps = 2\nsave_every = 1\n"
+    common = "[common]\nbatch_size = 2\nvalidate_every = 0\n[common.loop]\nsteps = 2\n"
     places = f'out = "{out}"\ndata = {json.dumps([str(d) for d in data])}\n'
     file.write_text(f"{places}{common}[stages.256]\n[stages.640]\n{more}")
     return file
@@ -67,8 +67,9 @@ def test_one_command_runs_all_stages_and_goes_on_where_it_was(data: list[Path], 
     # A single stage takes up the run of the one before in the same way, and only a finished one.
     place = tmp_path / "a" / "pretrain-640-again"
     assert start_of(640, place, None) == tmp_path / "a" / "pretrain-256"
-    (tmp_path / "a" / "pretrain-256" / "checkpoints" / "step_00000002" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="has done 1 of 2 steps: run `pretrain/stage.py --res 256` to its end"):
+    settings = tmp_path / "a" / "pretrain-256" / "config.toml"
+    settings.write_text(settings.read_text().replace("steps = 2", "steps = 3"))
+    with pytest.raises(UserError, match="has done 2 of 3 steps: run `pretrain/stage.py --res 256` to its end"):
         start_of(640, place, None)
 
 
