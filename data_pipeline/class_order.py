@@ -216,10 +216,9 @@ class ByClass:
         return {"owed": [0.0] * len(orders), "cursors": [order.first for order in orders]}
 
     def describe(self) -> str:
-        draws = [sorted(part.draws.curves().items()) for part in self.parts]
-        moves = any(part.draws.moves for part in self.parts)
-        length = f" over {self.length:,.0f} {'tokens' if self.tokens else 'samples'}" if moves else ""
-        return f"classes {draws} in {list(self.shares)}{length}; {self.orders[0][0].describe()}"
+        draws = self.parts[0].draws
+        length = f" over {self.length:,.0f} {'tokens' if self.tokens else 'samples'}" if draws.moves else ""
+        return f"{draws}{length}; {self.orders[0][0].describe()}"
 
     def share(self, fraction: float) -> np.ndarray:
         """Share of compute of each data set."""

@@ -80,13 +80,13 @@ class Draws:
         return any(getattr(self, table.name) for table in fields(self))
 
     def __str__(self) -> str:
-        """The curves in words: "text none 1@0% 0.6@100%, words ...; minimum clip 0.2"."""
+        """The curves in words: "text none 1@0 0.6@1, words ...; minimum clip 0.2"."""
         said = []
         for table in fields(self):
             curves = getattr(self, table.name).items()
             words = [
                 f"{name} {points[0][1]:g}" if len(points) == 1 else
-                f"{name} " + " ".join(f"{value:g}@{fraction:.0%}" for fraction, value in points)
+                f"{name} " + " ".join(f"{value:g}@{fraction:g}" for fraction, value in points)
                 for name, points in curves
             ]  # fmt: skip
             said += [f"{table.name} {', '.join(words)}"] if words else []

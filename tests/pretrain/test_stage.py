@@ -113,7 +113,7 @@ def test_settings_import_no_torch():
 def test_the_plan_of_the_large_model():
     status, out, _ = stage("--res", 1328, "--preset", "qwen-image", "--dry-run")
     assert status == 0
-    assert "text none 0.96, words 0.01" in " ".join(out.split()) and "minimum aesthetics 5@0% 5.5@100%" in out
+    assert "text none 0.96, words 0.01" in " ".join(out.split()) and "minimum aesthetics 5@0 5.5@1" in out
     assert "20,430,401,088 parameters" in out and "6889 image" in out and "tp 4 with sp x cp 1 x dp 2" in out
 
 

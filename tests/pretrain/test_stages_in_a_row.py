@@ -89,7 +89,7 @@ def test_a_plan_waits_for_no_run(tmp_path: Path):
     assert place == tmp_path / "pretrain-640" and "still to be trained" in described(place)
     assert described(AT_RANDOM) == described(None) == "random weights"
     status, out, err = curriculum("--dry-run", "--out", tmp_path)
-    assert status == 0 and out.count("FLOPs") == 3 and "resolutions 640 1@0% 0@50%, 1328 0@0% 1@50%" in out, err
+    assert status == 0 and out.count("FLOPs") == 3 and "resolutions 640 1@0 0@0.5, 1328 0@0 1@0.5" in out, err
 
 
 def test_a_recipe_changes_all_stages_or_one():
