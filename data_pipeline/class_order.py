@@ -106,7 +106,7 @@ class Classes:
         return self.dataset.scores(name)
 
     def _origins(self, drawn: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-        """Names of origins, and which one each sample has; `drawn` is 1 for those that are synthetic."""
+        """Names of origins, synthetic the last, and which one each sample has; `drawn` is 1 for synthetic ones."""
         if not self.draws.domain:
             return (SOURCE, drawn) if self.draws.source else (("",), 0 * drawn)
         names, numbers = self.dataset.domains()
@@ -118,7 +118,7 @@ class Classes:
         draws = self.draws
         if not draws.source and not draws.domain:
             return None
-        drawn = counts[:, origins.index("synthetic")].sum() / max(1.0, counts.sum())
+        drawn = counts[:, -1].sum() / max(1.0, counts.sum())
         if draws.source:
             parts = {name: height(points, fraction) for name, points in draws.source.items()}
             drawn = parts.get("synthetic", 0.0) / sum(parts.values())

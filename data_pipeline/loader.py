@@ -178,6 +178,8 @@ class Loader:
                 cursor, drawn = after, drawn + 1
             if not drawn:
                 return
+            if drawn < self.dp_size:
+                raise ValueError(f"{drawn} samples make a batch of {self.batch_tokens} tokens: raise --batch-tokens")
             if len(step) < self.dp_size:
                 raise ValueError(f"{drawn - len(step)} of the {drawn} samples of a step are too long: raise max_tokens")
             whole = [group for places in self.share(step) if (group := self._read(places))] or [self._any_of(step)]

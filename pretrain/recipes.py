@@ -82,14 +82,13 @@ class StageConfig(DataConfig):
     def completed(self) -> "StageConfig":
         config = replace(self, out=self.out or default_place(self.res))
         config.require_sources()
-        config = config.with_average()
+        config = config.completed_draws().with_average()
         if (self.density_mean, self.density_std) != (0.0, 1.0) and self.density != "logit-normal":
             raise UserError(f"--density-mean and --density-std are of the logit-normal density, not of {self.density}")
         if self.density_std <= 0:
             raise UserError(f"--density-std {self.density_std}: a spread is above 0")
         if self.shift is not None and self.shift <= 0:
             raise UserError(f"--shift {self.shift}: a factor is above 0")
-        config = config.completed_draws()
         for path in (*(config.data if config.raw is None else ()), config.components):
             if path is not None and not path.exists():
                 raise UserError(f"{path} does not exist")

@@ -51,6 +51,8 @@ class DataConfig(RunConfig):
             raise UserError(f"--shares names {len(self.shares)} for {len(self.data)} folders of --data")
         if self.shares and self.order == "ready":
             raise UserError("--order ready goes with one data set, not with --shares")
+        if self.batch_tokens is not None and (self.shares or self.batch_tokens < 1):
+            raise UserError("--batch-tokens is a positive number, and not for --shares, which are counted in samples")
         self.moving_shares()
 
     def moving_shares(self) -> list[tuple[float, float]]:

@@ -231,6 +231,10 @@ def test_resolutions_get_their_shares_of_compute(tmp_path: Path):
                 ) ** 2
         return found
 
+    order = ByClass(classes, 3, 2000, (((0.0, 1.0),),) * 2, cost)
+    with pytest.raises(ValueError, match="samples make a batch of 60 tokens: raise --batch-tokens"):
+        next(Loader(mixed, 20, 0, 8, order=order, max_tokens=10**4, batch_tokens=60))
+
     even = drawn((((0.0, 1.0),),) * 2).sum(0)
     assert even[0] / even.sum() == pytest.approx(0.5, abs=0.01)
     moving = drawn(curves)

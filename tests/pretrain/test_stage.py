@@ -82,6 +82,7 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
         (["--density-std", "0"], "a spread is above 0"),
         (["--shift", "0"], "a factor is above 0"),
         (["--ema-half-life", "0"], "a number of images is above 0"),
+        (["--data", "DATA", "--shares", "1", "--batch-tokens", "99"], "not for --shares"),
         (["--data", "DATA", "--batch-tokens", "3", "--out", "OUT"], "may leave some of the 1 data-parallel ranks"),
     ],
 )
