@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from data_pipeline.sample import EncodedSample, Fingerprint
-from data_pipeline.sample_index import SCORE, Table, key_of, open_index
+from data_pipeline.sample_index import SCORE, Table, key_of, open_index, renumbered
 from data_pipeline.shards import encoded_sample
 from data_pipeline.tar_index import BLOCK
 
@@ -91,7 +91,7 @@ class EncodedDataset:
         if not len(self):
             why = f"; the first is {self.problems[0]}" if self.problems else ""
             raise ValueError(f"no encoded samples in {', '.join(map(str, self.folders))}{why}")
-        self.tokens: np.ndarray = self._column("tokens")
+        self.tokens: np.ndarray = self.column("tokens")
         """Tokens of each sample in joint attention."""
         self._reader = ShardReader()
         firsts = [end - len(table) for table, end in zip(self._tables, self._ends, strict=True)]
@@ -113,13 +113,24 @@ class EncodedDataset:
 
     def key_hashes(self) -> np.ndarray:
         """64 bits of each sample's key without the folder's place, uint64 [samples]."""
-        return self._column("key_hash")
+        return self.column("key_hash")
 
     def scores(self, name: str) -> np.ndarray:
         """What a filter gave each sample, float16 [samples], NaN where it gave nothing."""
         missing = [np.full(len(t), np.nan, np.float16) for t in self._tables]
         parts = [t.columns.get(SCORE + name, none) for t, none in zip(self._tables, missing, strict=True)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @property
+    def score_names(self) -> list[str]:
+        """Filters whose scores the index holds."""
+        names = {name for table in self._tables for name in table.columns if name.startswith(SCORE)}
+        return sorted(name.removeprefix(SCORE) for name in names)
+
+    def domains(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """Names of domains, and which of them each sample has, uint8 [samples]."""
+        names = tuple(dict.fromkeys(name for table in self._tables for name in table.domains))
+        return names, np.concatenate([renumbered(table, names) for table in self._tables])
 
     def __getitem__(self, index: int) -> EncodedSample:
         """Read one sample; the empty prompt's hidden states are filled in. ValueError names a broken one."""
@@ -158,7 +169,8 @@ class EncodedDataset:
         names = [name for table in self._tables for name in table.shards]
         return content_hash([asdict(self.fingerprint), names, self._starts.tolist(), len(self)])
 
-    def _column(self, name: str) -> np.ndarray:
+    def column(self, name: str) -> np.ndarray:
+        """A column of the index (`data_pipeline.sample_index.COLUMNS`), [samples]."""
         parts = [table.columns[name] for table in self._tables]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

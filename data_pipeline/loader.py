@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.dataset import EncodedDataset
-from data_pipeline.order import ByShard, Cursor, Order, Shuffled
+from data_pipeline.order import ByShard, Cursor, Order, Place, Shuffled
 from data_pipeline.sample import EncodedSample
 
 RETRIES_S = (0.1, 1.0, 5.0)
@@ -73,7 +73,8 @@ class Loader:
     number. Ranks that share a `dp_rank` (tensor and context parallel peers) get the same. A background thread reads
     `prefetch` steps ahead. ValueError if a sample has more than `max_tokens` tokens or a rank would go empty; a sample
     that turns out to be broken is named and left out. `width` is the model's, of which the cost of attention depends;
-    by default attention counts for nothing.
+    by default attention counts for nothing. With `batch_tokens` a step has about so many tokens, of all ranks, in
+    however many samples, and `batch_size` counts for nothing.
     """
 
     def __init__(
@@ -87,17 +88,24 @@ class Loader:
         prefetch: int = 2,
         order: Order | None = None,
         width: int = 1 << 20,
+        batch_tokens: int | None = None,
     ):
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} is none of {dp_size}")
-        if batch_size < dp_size:
+        if batch_size < dp_size and batch_tokens is None:
             raise ValueError(
                 f"a batch of {batch_size} leaves some of the {dp_size} data-parallel ranks without a sample"
             )
         self.dataset, self.batch_size, self.max_tokens = dataset, batch_size, max_tokens
         if not self.grows:
             self._require_fitting(int(dataset.tokens.argmax()))
+            if batch_tokens is not None and (longest := int(dataset.tokens.max())) * dp_size > batch_tokens:
+                raise ValueError(
+                    f"a batch of {batch_tokens} tokens may leave some of the {dp_size} data-parallel ranks without a "
+                    f"sample, of which one has {longest}: raise --batch-tokens"
+                )
         self.dp_rank, self.dp_size, self.prefetch, self.width = dp_rank, dp_size, prefetch, width
+        self.batch_tokens = batch_tokens
         self.order = order or (ByShard(dataset, seed) if hasattr(dataset, "shards") else Shuffled(len(dataset), seed))
         self.buckets: Counter[str] = Counter()
         """Sizes, width x height in latent pixels, of this rank's samples in the last step."""
@@ -164,17 +172,32 @@ class Loader:
         while True:
             step: list[tuple[int, int]] = []
             drawn = 0
-            for index, epoch, after in islice(places, self.batch_size):
+            for index, epoch, after in self._one_step(places):
                 if self._fits(index):
                     step.append((index, epoch))
                 cursor, drawn = after, drawn + 1
             if not drawn:
                 return
+            if drawn < self.dp_size:
+                raise ValueError(f"{drawn} samples make a batch of {self.batch_tokens} tokens: raise --batch-tokens")
             if len(step) < self.dp_size:
                 raise ValueError(f"{drawn - len(step)} of the {drawn} samples of a step are too long: raise max_tokens")
             whole = [group for places in self.share(step) if (group := self._read(places))] or [self._any_of(step)]
             buckets = Counter(_bucket(sample) for group in whole for sample in group)
             yield cursor, buckets, whole if self.prepare is None else [self.prepare(group) for group in whole]
+
+    def _one_step(self, places: Iterator[Place]) -> Iterator[Place]:
+        """The places of a step; by tokens, it ends where their sum is nearest."""
+        if self.batch_tokens is None:
+            yield from islice(places, self.batch_size)
+            return
+        taken = 0
+        for place in places:
+            tokens = int(self.dataset.tokens[place[0]])
+            taken += tokens
+            yield place
+            if taken + tokens // 2 >= self.batch_tokens:
+                return
 
     def _read(self, places: list[tuple[int, int]]) -> list[EncodedSample]:
         """Samples by (index, epoch); one that is broken is named and left out."""

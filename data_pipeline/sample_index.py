@@ -1,6 +1,6 @@
-"""One index for a whole encoded data set, memory-mapped: where each sample lies, how large it is, how it was rated.
+"""One index for a whole encoded data set, memory-mapped: where each sample lies, its size, its class, its scores.
 
-Fixed-width columns in one safetensors file, INDEX, of 40 bytes a sample and 2 for each score, at most 64 in all:
+Fixed-width columns in one safetensors file, INDEX, of 42 bytes a sample and 2 for each score, at most 90 in all:
 processes of a machine share its pages, and nothing of it is read before it is used. It counts only while every shard
 has the size and the modification time that it was built from; else it is built anew from the shards' own indices
 (`data_pipeline.tar_index`) and records.
@@ -11,12 +11,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.classes import UNKNOWN, domain, kind_code
 from data_pipeline.shards import key_problem, list_shards, read_record, shape_problem, token_count
 from data_pipeline.tar_index import BLOCK, read_member, tar_index
 from files import atomic_file
@@ -32,14 +33,18 @@ COLUMNS = {
     "height": np.uint16,  # of its latent
     "width": np.uint16,
     "key_hash": np.uint64,
+    "kind": np.uint8,  # text and source (`data_pipeline.classes.kind_code`)
+    "domain": np.uint8,  # in the table's domains
 }
 SCORE = "score/"
 """Before the names of the columns of scores, float16, NaN where a sample has none."""
-SCORES = 12
+SCORES = 24
 """Scores that are kept at most, by name."""
-FORMAT = 2
+DOMAINS = 255
+"""Domains that are told apart at most, by name; more count as unknown."""
+FORMAT = 3
 """Grows with a change of what is in the file."""
-_NAMES = {"int32": "I32", "uint16": "U16", "uint32": "U32", "uint64": "U64", "float16": "F16"}
+_NAMES = {"uint8": "U8", "int32": "I32", "uint16": "U16", "uint32": "U32", "uint64": "U64", "float16": "F16"}
 _DTYPES = {name: np.dtype(dtype).newbyteorder("<") for dtype, name in _NAMES.items()}
 
 
@@ -53,6 +58,8 @@ class Table:
     """COLUMNS and scores, all of one length."""
     problems: tuple[str, ...] = ()
     """What was passed over."""
+    domains: tuple[str, ...] = (UNKNOWN,)
+    """Names that the column "domain" numbers."""
 
     def __len__(self) -> int:
         return len(self.columns["shard"])
@@ -88,6 +95,7 @@ def key_hash(key: str) -> int:
 def shard_table(shard: Path) -> Table:
     """The sound samples of one shard. OSError if it cannot be read."""
     index, rows, scores, problems = tar_index(shard), [], [], []
+    domains: list[str] = []
     if index.problem:
         problems.append(f"{shard}: {index.problem}")
     keys: set[str] = set()
@@ -114,13 +122,22 @@ def shard_table(shard: Path) -> Table:
                 continue
             keys.add(entry.key)
             tokens = token_count(entry.shapes)
-            rows.append((0, offset, size, record_size, offset - at, tokens, *latent, key_hash(entry.key)))
+            place = (0, offset, size, record_size, offset - at)
+            rows.append((*place, tokens, *latent, key_hash(entry.key), kind_code(record), 0))
+            domains.append(domain(record))
             given = record.get("scores")
             scores.append({n: v for n, v in given.items() if _is_number(v)} if isinstance(given, dict) else {})
     columns = {name: np.array([r[i] for r in rows], dtype) for i, (name, dtype) in enumerate(COLUMNS.items())}
     for name in sorted({n for each in scores for n in each})[:SCORES]:
         columns[SCORE + name] = np.array([each.get(name, math.nan) for each in scores]).clip(-65504, 65504).astype("f2")
-    return Table((shard.name,), columns, tuple(problems))
+    names = _domains(domains)
+    columns["domain"] = np.array([names.index(d) if d in names else 0 for d in domains], np.uint8)
+    return Table((shard.name,), columns, tuple(problems), names)
+
+
+def _domains(found: Iterable[str]) -> tuple[str, ...]:
+    """The names that are told apart, that of the unknown first."""
+    return (UNKNOWN, *sorted(set(found) - {UNKNOWN})[: DOMAINS - 1])
 
 
 def _is_number(value: object) -> bool:
@@ -132,13 +149,22 @@ def join(tables: Sequence[Table]) -> Table:
     scores = sorted({name for table in tables for name in table.columns if name.startswith(SCORE)})[:SCORES]
     none = lambda table: np.full(len(table), math.nan, np.float16)  # noqa: E731
     columns = {name: [t.columns.get(name, none(t)) for t in tables] for name in (*COLUMNS, *scores)}
+    domains = _domains(name for table in tables for name in table.domains)
+    columns["domain"] = [renumbered(table, domains) for table in tables]
     first = np.cumsum([0, *(len(t.shards) for t in tables)])
     columns["shard"] = [part + np.uint32(start) for part, start in zip(columns["shard"], first, strict=False)]
     return Table(
         tuple(s for t in tables for s in t.shards),
         {name: np.concatenate(parts) for name, parts in columns.items()},
         tuple(p for t in tables for p in t.problems),
+        domains,
     )
+
+
+def renumbered(table: Table, domains: Sequence[str]) -> np.ndarray:
+    """The column "domain" of a table by other numbers, 0 for what `domains` lacks."""
+    numbers = [domains.index(name) if name in domains else 0 for name in table.domains]
+    return np.array(numbers, np.uint8)[table.columns["domain"]]
 
 
 def open_index(folder: Path) -> Table:
@@ -171,7 +197,7 @@ def _write(path: Path, table: Table, stamps: list) -> None:
         ends = [at, at + column.nbytes]
         header[name] = {"dtype": _NAMES[column.dtype.name], "shape": [len(column)], "data_offsets": ends}
         at += column.nbytes
-    about = {"shards": stamps, "problems": table.problems, "format": FORMAT}
+    about = {"shards": stamps, "problems": table.problems, "format": FORMAT, "domains": table.domains}
     header["__metadata__"] = {name: json.dumps(value) for name, value in about.items()}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -197,4 +223,5 @@ def _mapped(path: Path, stamps: list) -> Table:
     }
     if not columns.keys() >= COLUMNS.keys():
         raise ValueError(f"{path} lacks columns")
-    return Table(tuple(name for name, *_ in stamps), columns, tuple(json.loads(about["problems"])))
+    problems, domains = (tuple(json.loads(about[name])) for name in ("problems", "domains"))
+    return Table(tuple(name for name, *_ in stamps), columns, problems, domains)

@@ -81,7 +81,8 @@ class Config(DataConfig):
 
     def summary(self) -> str:
         data = ", ".join(map(str, self.data))
-        return f"{super().summary()}; {self.loop.steps} steps of {self.batch_size} samples of {data}"
+        size = f"{self.batch_size} samples" if self.batch_tokens is None else f"{self.batch_tokens} tokens"
+        return f"{super().summary()}; {self.loop.steps} steps of {size} of {data}"
 
 
 if __name__ == "__main__":

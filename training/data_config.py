@@ -28,6 +28,8 @@ class DataConfig(RunConfig):
     """Shards of --raw that may be encoded and wait to be trained on."""
     batch_size: int = 512
     """Samples in a step, over all ranks."""
+    batch_tokens: int | None = None
+    """Tokens, of text and image, in a step, over all ranks; then --batch-size counts for nothing."""
     condition_dropout: float = 0.1
     """Probability that a sample trains with the empty prompt, for guidance."""
     held_out: int | None = None
@@ -38,7 +40,11 @@ class DataConfig(RunConfig):
     """Of the samples, where no number is given."""
 
     def work(self) -> Work:
-        return replace(super().work(), samples=self.batch_size, encodes=self.validation is not None)
+        work = super().work()
+        samples = self.batch_size
+        if self.batch_tokens is not None:
+            samples = max(1, self.batch_tokens // (work.img + work.txt))
+        return replace(work, samples=samples, encodes=self.validation is not None)
 
     def require_sources(self) -> None:
         """UserError for settings of data that do not go together."""
@@ -48,6 +54,8 @@ class DataConfig(RunConfig):
             raise UserError(f"--shares names {len(self.shares)} for {len(self.data)} folders of --data")
         if self.shares and self.order == "ready":
             raise UserError("--order ready goes with one data set, not with --shares")
+        if self.batch_tokens is not None and (self.shares or self.batch_tokens < 1):
+            raise UserError("--batch-tokens is a positive number, and not for --shares, which are counted in samples")
         self.moving_shares()
 
     def moving_shares(self) -> list[tuple[float, float]]:

@@ -1,5 +1,6 @@
 """Flow matching: the loss of pretraining and supervised fine-tuning."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,8 @@ class VelocityMSE:
     density_std: float = 1.0
     """Of the logit-normal density, before the shift."""
     resolution_shift: bool = True
+    shift: float | None = None
+    """Factor s of sigma' = s sigma / (1 + (s - 1) sigma), whatever the resolution, in place of `resolution_shift`."""
     condition_dropout: float = 0.1
     """Probability that a sample trains with the empty prompt; its references stay."""
 
@@ -44,6 +47,8 @@ class VelocityMSE:
         else:
             u = rng.uniform(sample.key, sample.epoch, "sigma")
             sigma = mode_density(u) if self.density == "mode" else u
+        if self.shift is not None:
+            return shift_sigma(sigma, math.log(self.shift))
         if self.resolution_shift:
             _, frames, height, width = sample.latent.shape
             sigma = shift_sigma(sigma, resolution_mu(frames * height * width // 4))

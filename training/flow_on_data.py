@@ -12,7 +12,7 @@ from command_line import UserError
 from data_pipeline.dataset import EncodedDataset, MixedData
 from data_pipeline.live import LIVE, LiveDataset, is_live, open_dataset
 from data_pipeline.loader import Loader
-from data_pipeline.order import AsReady, ByShard, Mixture
+from data_pipeline.order import AsReady, ByShard, Mixture, Order
 from files import write_json
 from model.sampling.draw import Request
 from training.data_config import DataConfig
@@ -96,8 +96,9 @@ class FlowOnData(VelocityMSE):
         self.config, self.studio = config, studio
         ended = lambda: self.producers and self.producers.problem  # noqa: E731
         grows = {folder: agreed_live(studio.engine, folder) for folder in config.data}
-        if config.shares:
-            parts = [open_dataset((f,), problem=ended, live=grows.__getitem__) for f in config.data]
+        groups = self.groups()
+        if config.shares or len(groups) > 1:
+            parts = [open_dataset(group, problem=ended, live=grows.__getitem__) for group in groups]
             self.whole = MixedData(parts, Mixture.SOURCE)
         else:
             self.whole = open_dataset(config.data, mixed_resolutions, ended, grows.__getitem__)
@@ -124,20 +125,32 @@ class FlowOnData(VelocityMSE):
             count = json.loads(note.read_text())["held_out"]
         if not isinstance(self.whole, EncodedDataset):
             if count:
-                raise UserError("nothing can be held out of --shares, or of data still being made: --held-out 0")
+                raise UserError(
+                    "nothing can be held out of --shares, of several resolutions, or of data still being made: "
+                    "--held-out 0"
+                )
             return 0
         return min(HELD_OUT, int(len(self.whole) * self.config.HELD_OUT_SHARE)) if count is None else count
 
-    def batches(self) -> Loader:
-        config, engine, order = self.config, self.studio.engine, None
+    def groups(self) -> list[tuple[Path, ...]]:
+        """Folders of --data, those together that are drawn as one set of samples."""
+        return [(folder,) for folder in self.config.data] if self.config.shares else [self.config.data]
+
+    def order(self) -> Order | None:
+        """The order of samples; None for the loader's own."""
+        config = self.config
         if config.shares:
             orders = [ByShard(part, config.loop.seed) for part in self.whole.parts]
-            order = Mixture(orders, *zip(*config.moving_shares(), strict=True), config.loop.steps * config.batch_size)
-        elif config.order == "ready":
-            order = AsReady(self.dataset, config.loop.seed, config.out / "order.jsonl", engine.rank == 0)
+            return Mixture(orders, *zip(*config.moving_shares(), strict=True), config.loop.steps * config.batch_size)
+        if config.order == "ready":
+            return AsReady(self.dataset, config.loop.seed, config.out / "order.jsonl", self.studio.engine.rank == 0)
+        return None
+
+    def batches(self) -> Loader:
+        config, engine = self.config, self.studio.engine
         return Loader(
             self.dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_tokens,
-            order=order, width=config.model.width,
+            order=self.order(), width=config.model.width, batch_tokens=config.batch_tokens,
         )  # fmt: skip
 
     def shown(self) -> list[Request]:
@@ -163,6 +176,6 @@ class FlowOnData(VelocityMSE):
         if self.held is None or not self.config.validate_every:
             return []
         density = (self.density, self.density_mean, self.density_std)
-        objective = VelocityMSE(*density, self.resolution_shift, condition_dropout=0.0)
+        objective = VelocityMSE(*density, self.resolution_shift, self.shift, condition_dropout=0.0)
         config, measure, first = self.config, flow_loss(objective), self.config.MEASURES_FIRST
         return [HeldOutHook(config.validate_every, run, measure, self.held, config.max_tokens, first)]

@@ -59,6 +59,20 @@ class Part:
     def __getitem__(self, index: int) -> Any:
         return self._whole[self._places[index]]
 
+    def column(self, name: str) -> np.ndarray:
+        return self._whole.column(name)[self._places]
+
+    def scores(self, name: str) -> np.ndarray:
+        return self._whole.scores(name)[self._places]
+
+    @property
+    def score_names(self) -> list[str]:
+        return self._whole.score_names
+
+    def domains(self) -> tuple[tuple[str, ...], np.ndarray]:
+        names, numbers = self._whole.domains()
+        return names, numbers[self._places]
+
     @property
     def mixes_first(self) -> bool:
         return self._whole.mixes_first

@@ -17,7 +17,7 @@ from model.lora import Adapters, merge, split_adapters
 from model.mmdit import MMDiT
 from model.text_to_image import TextToImage
 from training.engine import checkpoint
-from training.source import Source, components_fingerprint, look
+from training.source import AT_RANDOM, Source, components_fingerprint, look
 from vae.autoencoder import VAE
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 def fill_weights(
     engine: "Engine", source: Path | None, seed: int = 0, base: Path | None = None
 ) -> tuple[Path, Path] | None:
-    """Fill the engine's weights from `source`, at random if it is None; returns what was read, and the model in it.
+    """Fill the engine's weights from `source`, at random if it is None or AT_RANDOM; returns what was read, and the
+    model in it.
 
     Of adapters, that is the model that they belong to: `base`, where they don't say. Adapters that train beside a
     whole model start over. Raises ValueError if `source` holds another model, or none.
     """
-    if source is None:
+    if source in (None, AT_RANDOM):
         engine.initialize(seed)
         return None
     found = look(source, base)

@@ -18,6 +18,8 @@ from training.engine import checkpoint
 
 BASE = Path(__file__).resolve().parent.parent / "base"
 """The model of the shapes world that is shipped: what every entry takes that is told nothing else."""
+AT_RANDOM = Path("random")
+"""What --init names to start from random weights."""
 Kind = Literal["run", "checkpoint", "lora", "diffusers", "hub"]
 PUBLISHED_SIDE_PX = 1024
 """Side of the pictures that a published model is post-trained on, unless told otherwise."""
@@ -138,7 +140,7 @@ class Source:
         if self.settings.get("data"):
             from data_pipeline.dataset import read_fingerprint
 
-            return read_fingerprint(self.settings["data"][0], growing=True).resolution
+            return max(read_fingerprint(folder, growing=True).resolution for folder in self.settings["data"])
         if self.kind == "lora":
             return self.base.side_px()
         if self.kind == "hub" or self.model_config().num_parameters > TOY_PARAMETERS:

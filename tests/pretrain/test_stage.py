@@ -1,46 +1,19 @@
 """pretrain/stage.py as a user runs it: on its flags, on bad input, on its own and another run's checkpoints."""
 
 import json
-import runpy
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from worlds import run_world
+from stage_runs import ROOT, make_data, stage
 
 from command_line import from_dict, read_toml
-from data_pipeline.encoding import ENCODING_VERSION
-from data_pipeline.sample import EncodedSample
-from data_pipeline.shards import shard_name, write_encoded
 from pretrain.recipes import STAGES, StageConfig, recipe
 from training.engine.checkpoint import list_checkpoints
 from training.run_folder import read_metrics
-
-ROOT = Path(__file__).parents[2]
-
-
-def make_data(folder: Path, side_px: int, width: int = 128, vae: str = "v") -> Path:
-    """An encoded data set of noise in three aspect ratios, as if by the VAE of that fingerprint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(side_px)
-    normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    side = side_px // 8
-    sizes = [(side, side), (side - 2, side + 2), (side + 2, side - 2)]
-    samples = [
-        EncodedSample(f"k{i}", normal(16, 1, *sizes[i % 3]), normal(3 + i, width).bfloat16(), meta={"caption": f"{i}"})
-        for i in range(4)
-    ]
-    write_encoded(folder / shard_name(0), samples)
-    save_file({"txt": normal(2, width).bfloat16()}, folder / "empty.safetensors")
-    fingerprint = {"vae": vae, "text_encoder": "t", "template": "m", "resolution": side_px, "version": ENCODING_VERSION}
-    (folder / "dataset.json").write_text(json.dumps({"fingerprint": fingerprint}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +33,6 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     VAE(PRESETS["tiny"]).save(folder)
     return folder
-
-
-def entry(rank: int, arguments: list[str], environment: dict[str, str] | None = None) -> tuple[object, str, str]:
-    """(exit status, stdout, stderr) of the script, run in this process."""
-    import os
-
-    os.environ.update(environment or {})
-    sys.argv = [str(ROOT / "pretrain/stage.py"), *arguments]
-    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            status: object = 0
-        except SystemExit as end:
-            status = end.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def stage(*arguments: object, ranks: int = 1) -> tuple[object, str, str]:
-    return run_world(ranks, entry, [str(a) for a in arguments])[0]
 
 
 def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Path):
@@ -115,7 +69,10 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
     [
         (["--res", "512"], "there is no stage 512; stages are 256, 640, 1328"),
         (["--data", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
-        (["--res", "640", "--data", "DATA"], "was encoded at 64 px, stage 640 of preset tiny trains at 96 px"),
+        (
+            ["--res", "640", "--init", "random", "--data", "DATA"],
+            "was encoded at 64 px, stage 640 of preset tiny trains at 96 px",
+        ),
         (["--preset", "small", "--dtype", "float32", "--data", "WIDE"], "text states of width 128, preset small takes"),
         (["--data", "DATA", "--tp", "2", "--out", "OUT"], "1 processes do not divide over tp 2 x cp 1"),
         (["--data", "DATA", "--out", "OUT", "--init", "DATA"], "holds no model"),
@@ -123,6 +80,10 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
         (["--preset", "qwen-image"], "preset qwen-image needs --data"),
         (["--density", "uniform", "--density-std", ".7"], "are of the logit-normal density, not of uniform"),
         (["--density-std", "0"], "a spread is above 0"),
+        (["--shift", "0"], "a factor is above 0"),
+        (["--ema-half-life", "0"], "a number of images is above 0"),
+        (["--data", "DATA", "--shares", "1", "--batch-tokens", "99"], "not for --shares"),
+        (["--data", "DATA", "--batch-tokens", "3", "--out", "OUT"], "may leave some of the 1 data-parallel ranks"),
     ],
 )
 def test_bad_input_is_one_clear_line(data: dict, tmp_path: Path, arguments: list[str], words: str):
@@ -153,6 +114,7 @@ def test_settings_import_no_torch():
 def test_the_plan_of_the_large_model():
     status, out, _ = stage("--res", 1328, "--preset", "qwen-image", "--dry-run")
     assert status == 0
+    assert "text none 0.96, words 0.01" in " ".join(out.split()) and "minimum aesthetics 5@0 5.5@1" in out
     assert "20,430,401,088 parameters" in out and "6889 image" in out and "tp 4 with sp x cp 1 x dp 2" in out
 
 
