@@ -26,12 +26,13 @@ OF_4 = {"tp2 dp2": (2, 1, False), "tp2 sp dp2": (2, 1, True), "tp2 cp2": (2, 2, 
 STEPS = 20
 
 
-def make_engine(layout: tuple[int, int, bool], muon_lr: float | None):
+def make_engine(layout: tuple[int, int, bool], muon_lr: float | None, **settings):
     from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
     from training.engine.step import Engine
 
     optimizer = OptimizerConfig(lr=3e-3, muon_lr=muon_lr, eps=1e-4, weight_decay=0.1, clip=0.3, warmup_steps=3)
-    engine = Engine(NARROW, EngineConfig(ParallelConfig(*layout), optimizer, ema_decay=0.9), total_steps=STEPS)
+    config = EngineConfig(ParallelConfig(*layout), optimizer, ema_decay=0.9, **settings)
+    engine = Engine(NARROW, config, total_steps=STEPS)
     fill(engine.model)
     engine.weights_changed()
     return engine
@@ -89,14 +90,14 @@ def test_twenty_steps_in_more_layouts():
     require_the_same_run((2, MORE_OF_2), (4, OF_4))
 
 
-def updates(rank: int, layouts: dict) -> dict[str, tuple[float, list[dict[str, np.ndarray]]]]:
+def updates(rank: int, layouts: dict, **settings) -> dict[str, tuple[float, list[dict[str, np.ndarray]]]]:
     """{layout: (this rank's share of the work, what three updates by Muon do to its matrices)}, given gradients that
     are functions of (step, name)."""
     from training.engine.muon import is_matrix
 
     found = {}
     for layout_name, layout in layouts.items():
-        engine, moved = make_engine(layout, 0.02), []
+        engine, moved = make_engine(layout, 0.02, **settings), []
         params = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
         for at in range(3):
             for name, param in params.items():
@@ -121,6 +122,17 @@ def test_equal_gradients_make_equal_updates_for_which_ranks_share_the_work():
             assert sum(shares) == pytest.approx(1) and max(shares) <= 1.2 / size, (name, shares)
             for mine, expected in zip(found[0], one, strict=True):
                 assert distance(mine, expected) <= 1e-5, name
+
+
+def updates_of_adapters(rank: int, layouts: dict) -> dict:
+    return updates(rank, layouts, lora_rank=4, lora_targets=("q", "out", "mlp_in", "mlp_out"))
+
+
+def test_equal_gradients_make_equal_updates_of_adapters():
+    _, one = run_world(1, updates_of_adapters, ONE)[0]["one"]
+    _, shared = run_world(2, updates_of_adapters, MORE_OF_2)[0]["tp2"]
+    for mine, expected in zip(shared, one, strict=True):
+        assert len(mine) > 10 and distance(mine, expected) <= 1e-5
 
 
 def go_on(rank: int, folder: Path, layouts: dict, steps: int) -> list[float]:

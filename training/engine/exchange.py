@@ -6,7 +6,7 @@ rank and back, where gathering would send it to all of them.
 """
 
 from collections.abc import Callable, Iterable
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 import torch
 import torch.distributed as dist
@@ -96,5 +96,4 @@ class Exchange:
 
 def _ranges(sizes: list[int]) -> list[slice]:
     """Neighbouring slices of these sizes."""
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return [slice(start, end) for start, end in pairwise(accumulate(sizes, initial=0))]

@@ -6,7 +6,7 @@ arXiv 2203.03466, table 3): biases, norms and the layers that read latents, text
 output layer and modulation follow the width like hidden layers; that they begin at zero (adaLN-Zero) is within the
 rule. Heads have a fixed width and normalised queries and keys, so that attention needs no other scale. Muon moves a
 matrix [o, i] by a spectral norm of rate sqrt(max(1, o / i)), and o / i does not depend on the width: its rate holds
-(arXiv 2310.17813).
+(arXiv 2310.17813). Initial weights are left alone, the time embedding's too, whose deviation is .02 at every width.
 """
 
 from megatron.core.optimizer import get_standard_config_overrides
