@@ -125,8 +125,6 @@ def _variants(setting: Setting) -> Iterator[Setting]:
     for tp, cp in splits:
         if setting.world % (tp * cp) or setting.world // (tp * cp) > setting.work.samples:
             continue
-        if engine.optimizer.muon_lr is not None and tp > 1:
-            continue
         for sp in (True, False) if tp > 1 else (False,):
             for again in ("none", "block") if tp > 1 or engine.compile else ("none", "selective", "block"):
                 for host in (False, True):

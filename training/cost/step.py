@@ -229,8 +229,9 @@ def memory(setting: Setting) -> Memory:
         "activations": found.forward,
         "one block's backward pass": found.again + found.working,
     }
-    if engine.optimizer.muon_lr is not None and size * trained > sum(training.values()):
-        training = drawn | {"Muon's whole matrices": size * trained}
+    matrices = (2 if setting.world > 1 else 1) * size * trained / slices  # Muon's slices, and whole ones of as many
+    if engine.optimizer.muon_lr is not None and matrices > sum(training.values()):
+        training = drawn | {"Muon's matrices": matrices}
     moments = {
         "training": training,
         "sampling": drawn | {"moving average, whole": size * trained, "activations": forward_only(setting)},
@@ -260,6 +261,8 @@ def traffic(setting: Setting) -> Counter:
     trained, found, others = w.trained(parallel.tp), Counter(), lambda n: (n - 1) / n
     found["gradients"] = FP32 * trained * others(slices)
     found["updated weights"] = size * trained * others(slices)
+    if setting.engine.optimizer.muon_lr is not None:  # slices to where matrices are whole, and back
+        found["Muon"] = 2 * size * trained / slices * others(setting.world)
     again = setting.engine.recompute == "block"
     forward = 1 + again + setting.work.references + setting.work.draws / setting.work.samples
     one = size * tokens * d * layers * others(parallel.tp)  # a gathering, or a scattering, of all tokens
@@ -287,7 +290,8 @@ def seconds(setting: Setting, card: Card) -> dict[str, float]:
     return {
         "products": products,
         "tensor and context parallel": (sent["tensor parallel"] + sent["context parallel"]) / link,
-        "data parallel": max(0.0, sent["gradients"] / across - last) + sent["updated weights"] / across,
+        "data parallel": max(0.0, sent["gradients"] / across - last)
+        + (sent["updated weights"] + sent["Muon"]) / across,
         "optimizer": touched / (card.bandwidth * LINK_USE),
         "averages on the host": FP32 * updated / HOST_LINK if setting.engine.average_on_host else 0.0,
     }

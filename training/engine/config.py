@@ -35,16 +35,29 @@ class OptimizerConfig:
     lr: float = 1e-4
     muon_lr: float | None = None
     """Learning rate of Muon for the matrices of the blocks, modulation aside; AdamW takes the rest. Default: AdamW for
-    all. Needs --tp 1."""
+    all."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest norm of the gradient of all parameters."""
     warmup_steps: int = 100
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After the warm-up; wsd stays constant and falls as 1 - sqrt over the last `decay_share` of the run (warm-up,
+    stable, decay: arXiv 2404.06395, 2405.18392)."""
+    decay_share: float = 0.2
+    """Schedule wsd: the part of the run in which the learning rate falls."""
     final_lr_ratio: float = 0.1
-    """Cosine schedule: the last step's learning rate as a fraction of `lr`."""
+    """Schedules cosine and wsd: where the learning rate ends, as a fraction of `lr`."""
+    width_base: int | None = None
+    """Width of the model that `lr` was tuned at, for one of another width: AdamW's rates of matrices with more inputs
+    in a wider model go as 1 / width (muP, arXiv 2203.03466). Default: `lr` for all."""
+
+    def __post_init__(self):
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"a learning rate falls over a share of the run above 0, up to 1, not {self.decay_share}")
+        if self.width_base is not None and self.width_base < 1:
+            raise ValueError(f"a width is positive, got width_base {self.width_base}")
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """Learning rate of update `step`, counted from 0; Muon's follows it in proportion."""
@@ -54,6 +67,10 @@ class OptimizerConfig:
             return self.lr * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.lr
+        if self.schedule == "wsd":
+            begin = max(self.warmup_steps, round((1 - self.decay_share) * total_steps))
+            done = min(1.0, max(0, step - begin) / max(1, total_steps - begin))
+            return self.lr * (1 - (1 - self.final_lr_ratio) * done**0.5)
         done = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
         return self.lr * (self.final_lr_ratio + (1 - self.final_lr_ratio) * 0.5 * (1 + cos(pi * done)))
 
@@ -117,6 +134,8 @@ class EngineConfig:
     def __post_init__(self):
         if self.lora_rank < 0:
             raise ValueError(f"the rank of adapters is positive, or 0 for none, got {self.lora_rank}")
+        if self.lora_rank and self.optimizer.width_base is not None:
+            raise ValueError("the rates of adapters do not follow the width: leave --width-base out")
         if self.swap_blocks < 0 or (self.swap_blocks and self.quantize == "none"):
             raise ValueError("blocks are swapped with a frozen base only: give --swap-blocks N with --quantize")
         if self.compile and self.recompute == "selective":

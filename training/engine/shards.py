@@ -6,6 +6,7 @@ the r-th of equal slices, whose borders do not respect the parameters'.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,18 @@ class Shards:
         """First and last + 1 element, in the flattened parameter, of this rank's slice."""
         span = self.optimizer._get_model_param_range_map(self.ddp.module.get_parameter(name))["param"]
         return span.start, span.end
+
+    def spans(self) -> dict[str, list[tuple[int, int]]]:
+        """`range_of` every parameter on each of the ranks that share its updates; empty where one has no part of it."""
+        names, found = {param: name for name, param in self._trainable().items()}, {}
+        for buffer in self.ddp.buffers:
+            for bucket in buffer.buckets:
+                part = bucket.grad_data.numel() // self.ddp.intra_dp_cp_group.size()
+                for param in bucket.params_list:
+                    start = buffer.param_index_map[param][0] - bucket.offset
+                    borders = (r * part - start for r in range(self.ddp.intra_dp_cp_group.size() + 1))
+                    found[names[param]] = list(pairwise(min(max(at, 0), param.numel()) for at in borders))
+        return found
 
     def gather(self, slices: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors in the shape of this rank's parameters from all ranks' slices, one bucket at a time.

@@ -33,6 +33,7 @@ from training.engine import adam, checkpoint, clipping, device, muon
 from training.engine.blocks import prepare_blocks
 from training.engine.config import EngineConfig
 from training.engine.frozen import FrozenPolicies
+from training.engine.groups import RATE, parameter_groups
 from training.engine.health import GROUPS, Health
 from training.engine.ops import MegatronOps
 from training.engine.quantized import QuantizedOps
@@ -85,7 +86,7 @@ class Engine:
             self._ddp, self.optimizer = self._wrap()
         self.shards = Shards(self._ddp, self.optimizer)
         if config.optimizer.muon_lr is not None:
-            self.optimizer.optimizer.muon = muon.Muon(self.shards, self.dtype)
+            self.optimizer.optimizer.muon = muon.Muon(self.shards, layout, self.dtype)
         decay, on_host = ramped(config.ema_decay), config.average_on_host
         self.frozen = FrozenPolicies(self.model, self.shards, self.dtype, decay, on_host)
         self._saving = Saving(
@@ -209,10 +210,9 @@ class Engine:
         of_muon = dataclasses.replace(settings, lr=settings.muon_lr or 0.0)
         muon_lr = of_muon.learning_rate(self.step_count, self.total_steps)
         for group in optimizer.param_groups:
-            decay = settings.weight_decay * group["wd_mult"]
-            group.update(
-                lr=muon_lr if group[muon.MARK] else lr, weight_decay=decay, betas=settings.betas, eps=settings.eps
-            )
+            rate = muon_lr if group[muon.MARK] else lr * group[RATE]
+            decay = settings.weight_decay * group["wd_mult"] / group[RATE]  # as much a step at any width
+            group.update(lr=rate, weight_decay=decay, betas=settings.betas, eps=settings.eps)
         with device.megatron_region():
             self._ddp.scale_gradients((1 / totals["_weight"]).float())
             optimizer.prepare_grads()
@@ -327,8 +327,6 @@ class Engine:
 
     def _wrap(self) -> tuple[DistributedDataParallel, DistributedOptimizer]:
         settings, bf16 = self.config.optimizer, self.dtype == torch.bfloat16
-        if settings.muon_lr is not None and self.layout.tp_size > 1:
-            raise ValueError("Muon has no tensor-parallel form yet: train with --tp 1, or without --muon-lr")
         adam.install(always=settings.muon_lr is not None)
         sharding = dict(use_distributed_optimizer=True)
         ddp_config = DistributedDataParallelConfig(
@@ -343,5 +341,5 @@ class Engine:
             adam_beta1=settings.betas[0], adam_beta2=settings.betas[1], adam_eps=settings.eps,
             bf16=bf16, params_dtype=self.dtype, **sharding,
         )  # fmt: skip
-        groups = None if settings.muon_lr is None else muon.own_group(optimizer_config)
+        groups = parameter_groups(optimizer_config, settings, getattr(self.model_config, "width", None))
         return ddp, get_megatron_optimizer(optimizer_config, [ddp], groups).chained_optimizers[0]
