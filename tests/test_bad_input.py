@@ -187,4 +187,4 @@ def test_checkpoint_of_another_config(tmp_path):
 
     stage = ["pretrain/stage.py", "--preset", "tiny", "--data", encoded, "--out", tmp_path / "run"]
     refused(command(*stage, "--init", tmp_path / "other"), "num_layers")
-    refused(command(*stage[:-1], tmp_path / "b", "--res", "640"), "64 px", "96 px")
+    refused(command(*stage[:-1], tmp_path / "b", "--res", "640", "--init", "random"), "64 px", "96 px")

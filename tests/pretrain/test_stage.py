@@ -47,7 +47,7 @@ def test_two_stages_of_the_curriculum(data: dict, components: Path, tmp_path: Pa
         and str(data[64]) in line
     )
     assert sorted(p.name for p in (first / "samples").iterdir()) == ["step_00000002.png", "step_00000003.png"]
-    assert Image.open(first / "samples" / "step_00000003.png").height == 96
+    assert Image.open(first / "samples" / "step_00000003.png").height == 80
     assert [row["step"] for row in read_metrics(first)] == [1, 2, 3]
     assert list((first / "tensorboard").iterdir())
 

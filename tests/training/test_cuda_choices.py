@@ -17,7 +17,7 @@ from training.randomness import Randomness
 
 LAYOUT = device.Layout(
     torch.device("cuda", 0), rank=0, world_size=1, dp_rank=0, dp_size=1, tp_rank=0, tp_size=1, cp_rank=0, cp_size=1,
-    sp=False, tp_group=None, cp_group=None, dp_group=None, dp_cp_group=None, host_group=None,
+    sp=False, tp_group=None, cp_group=None, dp_group=None, dp_cp_group=None, host_group=None, writers_group=None,
 )  # fmt: skip
 
 

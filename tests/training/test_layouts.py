@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from given_gradients import update
 from mixed_batch import fill, samples, weight
 from test_parallel_gradients import unequal_microbatches, whole
 from worlds import run_world
@@ -106,7 +107,7 @@ def updates(rank: int, layouts: dict, **settings) -> dict[str, tuple[float, list
                 param.main_grad.copy_(local_shard(param, weight(f"{at} {name}", shape)))
                 fill_weight(engine.model, name, torch.zeros(shape))
             engine.weights_changed()
-            engine.update({"_loss": torch.zeros((), dtype=torch.float64), "_weight": torch.ones(())})
+            update(engine)
             moved.append({n: whole(p, p.detach(), engine).numpy().copy() for n, p in params.items() if is_matrix(n, p)})
         exchange = engine.optimizer.optimizer.muon.exchange
         work = {name: o * i * min(o, i) for name, (o, i) in exchange.shapes.items()}

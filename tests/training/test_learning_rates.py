@@ -5,6 +5,7 @@ from math import sqrt
 
 import pytest
 import torch
+from given_gradients import update
 from mixed_batch import CONFIG
 from worlds import run_world
 
@@ -44,7 +45,7 @@ def moves(rank: int, config, muon_lr: float | None) -> dict[str, tuple[float, fl
             param.detach().fill_(weight)
             param.main_grad.fill_(1 - weight)
         engine.weights_changed()
-        engine.update({"_loss": torch.zeros((), dtype=torch.float64), "_weight": torch.ones(())})
+        update(engine)
         for name, param in params.items():
             found.setdefault(name, []).append((weight - param.detach().flatten()[0]).item())
     return found

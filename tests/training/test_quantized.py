@@ -291,4 +291,4 @@ def test_tensor_parallelism_is_refused():
     from training.engine.quantized import QuantizedOps
 
     with pytest.raises(ValueError, match="--tp 1"):
-        QuantizedOps("int8", Layout(CPU, 0, 2, 0, 1, 0, 2, 0, 1, False, *[None] * 5), torch.float32)
+        QuantizedOps("int8", Layout(CPU, 0, 2, 0, 1, 0, 2, 0, 1, False, *[None] * 6), torch.float32)

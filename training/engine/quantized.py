@@ -250,7 +250,7 @@ def resident_bytes(
 ) -> int:
     """Bytes of a model's weights as they are stored, statistics and adapters included; allocates none of them."""
     meta = torch.device("meta")
-    alone = Layout(meta, 0, 1, 0, 1, 0, 1, 0, 1, False, *[None] * 5)
+    alone = Layout(meta, 0, 1, 0, 1, 0, 1, 0, 1, False, *[None] * 6)
     ops = MegatronOps(alone, dtype) if quantize == "none" else QuantizedOps(quantize, alone, dtype)
     with meta:
         model = MMDiT(config, ops)
