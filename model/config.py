@@ -88,6 +88,7 @@ class LoRAConfig:
 
 PRESETS: dict[str, MMDiTConfig] = {
     "tiny": MMDiTConfig(6, 4, 48, joint_attention_dim=128, axes_dims_rope=(8, 20, 20)),
+    "mini": MMDiTConfig(4, 8, 48, joint_attention_dim=128, axes_dims_rope=(8, 20, 20)),
     "small": MMDiTConfig(10, 8, 64, joint_attention_dim=3584, axes_dims_rope=(8, 28, 28)),
     "qwen-image": MMDiTConfig(),
 }

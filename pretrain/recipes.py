@@ -28,14 +28,17 @@ from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
 from training.source import AT_RANDOM, BASE, TOY_SIDE_PX, look, preset_of
 
+TOY_PRESETS = ("tiny", "mini")
+"""For pictures of toy size and the text encoder that is shipped: width 192, and 384."""
+
 
 @dataclass(frozen=True)
 class StageConfig(DataConfig):
     """One stage of the curriculum."""
 
     res: Literal[256, 640, 1328] = 256
-    """Stage: pictures have about the area of a square with this side, in pixels (64, 96, 128 for the tiny preset)."""
-    preset: Literal["tiny", "small", "qwen-image"] = "qwen-image"
+    """Stage: pictures have about the area of a square with this side, in pixels (64, 96, 128 for tiny and mini)."""
+    preset: Literal["tiny", "mini", "small", "qwen-image"] = "qwen-image"
     """Size of the model. Default: that of --init, else the one that takes the text states of --data, else tiny."""
     data: tuple[Path, ...] = ()
     """Encoded data sets (of data_pipeline/produce.py), or a single one that is still being made. Default: the demo's,
@@ -97,7 +100,7 @@ class StageConfig(DataConfig):
         config = replace(config, init=start_of(config.res, config.out, config.init, may_wait=config.dry_run))
         if config.data or config.dry_run:
             return config
-        if config.preset != "tiny":
+        if config.preset not in TOY_PRESETS:
             raise UserError(f"preset {config.preset} needs --data: encoded shards of data_pipeline/produce.py")
         data = tuple(demo_data(side) for side in config.sides_px())
         return replace(config, data=data, components=config.components or BASE)
@@ -106,7 +109,7 @@ class StageConfig(DataConfig):
         """The same with the draws that are to be made: none with --natural or --shares, the demo's from its data."""
         if self.shares or self.natural:
             return replace(self, draws=Draws())
-        if not self.data and self.preset == "tiny":
+        if not self.data and self.preset in TOY_PRESETS:
             return replace(self, draws=self.draws or DEMO_DRAWS[self.res])
         return self
 
@@ -161,7 +164,7 @@ class StageConfig(DataConfig):
 
 def side_of(res: int, preset: str) -> int:
     """Side, in pixels, of the square whose area pictures of a stage have."""
-    return TOY_SIDE_PX[res] if preset == "tiny" else res
+    return TOY_SIDE_PX[res] if preset in TOY_PRESETS else res
 
 
 def _large(lr: float) -> EngineConfig:
@@ -219,8 +222,8 @@ def recipe(res: int, preset: str = "tiny") -> StageConfig:
     """The recipe of a stage for a preset. ValueError for an unknown stage."""
     if res not in STAGES:
         raise ValueError(f"there is no stage {res}; stages are {', '.join(map(str, STAGES))}")
-    if preset == "tiny":
-        return TOYS[res]
+    if preset in TOY_PRESETS:
+        return replace(TOYS[res], preset=preset)
     if preset == "small":
         one_gpu = replace(STAGES[res].engine, parallel=ParallelConfig())
         small = dict(preset="small", batch_size=256, engine=one_gpu, ema_half_life=None, draws=Draws())
@@ -232,7 +235,7 @@ def recipe(res: int, preset: str = "tiny") -> StageConfig:
 class CurriculumConfig:
     """All stages. A recipe in TOML changes these, and in [common] and [stages.RES] what stages take."""
 
-    preset: Literal["tiny", "small", "qwen-image"] = "tiny"
+    preset: Literal["tiny", "mini", "small", "qwen-image"] = "tiny"
     """Size of the model. Default: the one that takes the text states of --data, else tiny."""
     data: tuple[Path, ...] = ()
     """Encoded data sets (of data_pipeline/produce.py); each stage takes those of its resolutions. Default: the demo's,

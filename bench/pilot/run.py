@@ -1,23 +1,29 @@
-"""What makes the tiny MMDiT learn: recipes trained for equally many samples by the project's own trainer, and judged.
+"""What makes a small MMDiT learn: arms trained on the same pictures by the project's own trainer, and judged in pairs.
 
-    python bench/pilot/run.py --arms free neat neat-noisy --seeds 0 1 2
+    python bench/pilot/run.py --question pictures
+    python bench/pilot/run.py --question positions --seeds 0 1 2 --steps 650
 
-An arm is a kind of pictures and flags of pretrain/stage.py; a new question is a new arm. Each is trained by one process
-with one thread, so that two cores carry two runs of this script, and judged on 200 validation prompts. What is finished
-is not done again; the table, of all that is there, is printed at the end.
+A question is a list of arms, each compared with the first on the same prompts and seeds; an arm is what it differs in.
+Everything runs in one process with one thread, so that two cores carry two questions. What is finished is not done
+again. The table, in Markdown, is printed at the end, and by --table alone.
 """
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
+from typing import Literal
 
 try:
-    from command_line import UserError, run
+    from command_line import run, write_toml
     from demo.recipes import fast_flags
+    from model.config import PRESETS
+    from pretrain.mixing import tokens_and_flops
     from training.engine.config import fast_dtype
+    from training.source import TOY_SIDE_PX
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -28,64 +34,119 @@ ROOT = Path(__file__).resolve().parents[2]
 class Arm:
     """What differs from one pilot to another."""
 
-    kind: str
+    name: str
+    kind: str = "neat-shapes"
     """Of the pictures, as data_pipeline/synthesize.py names them."""
-    flags: str = ""
-    """Of pretrain/stage.py, beyond COMMON."""
+    density: tuple[float, float] = (1.0, 1.0)
+    """Mean and spread of the logit-normal density of noise levels."""
+    lr: float = 8e-3
+    muon_lr: float | None = 0.1
+    preset: str = "tiny"
+    rope: str = "msrope"
+    res: int = 256
+    """Stage, and so the size of the pictures."""
+    first: "Arm | None" = None
+    """The arm whose run this one goes on from."""
+    steps: float = 1.0
+    """In those of the command line."""
+
+    def flags(self) -> list[object]:
+        """Of pretrain/stage.py."""
+        mean, spread = self.density
+        muon = [] if self.muon_lr is None else ["--muon-lr", self.muon_lr]
+        return [
+            "--res", self.res, "--preset", self.preset, "--lr", self.lr, *muon, "--density-mean", mean,
+            "--density-std", spread,
+        ]  # fmt: skip
+
+    @property
+    def flops(self) -> float:
+        """FLOPs, in those of a step's sample, of all the steps that it took to get here."""
+        own = self.steps * tokens_and_flops(TOY_SIDE_PX[self.res], PRESETS[self.preset])[1]
+        return own + (self.first.flops if self.first else 0.0)
 
 
-COMMON = (
-    "--res 256 --preset tiny --components base --batch-size 64 --max-tokens 16384 --lr 8e-3 --muon-lr .1 "
-    "--warmup-steps 50 --schedule cosine --final-lr-ratio .01 --ema-decay .997 --validate-every 0 --sample-every 100000"
-)
-ARMS = {
-    "free": Arm("square-shapes"),
-    "free-narrow": Arm("square-shapes", "--density-std .7"),
-    "free-noisy": Arm("square-shapes", "--density-mean 1"),
-    "neat": Arm("neat-shapes"),
-    "neat-narrow": Arm("neat-shapes", "--density-std .7"),
-    "neat-noisy": Arm("neat-shapes", "--density-mean 1"),
-    "neat-noisier": Arm("neat-shapes", "--density-mean 2 --density-std 1.5"),
+BEST = Arm("best")
+LOW = replace(BEST, name="64 px", steps=0.6)
+LOW_HIGH = replace(BEST, name="64 then 96 px", res=640, steps=0.4, first=LOW, lr=4e-3, muon_lr=0.05)
+HIGH = replace(BEST, name="96 px alone", res=640)
+QUESTIONS: dict[str, tuple[Arm, ...]] = {
+    "pictures": (
+        Arm("free", kind="square-shapes", density=(0, 1)),
+        Arm("free, narrow", kind="square-shapes", density=(0, 0.7)),
+        Arm("free, noisy", kind="square-shapes"),
+        Arm("neat", density=(0, 1)),
+        Arm("neat, noisy"),
+    ),
+    "muon rate": tuple(Arm(f"muon {rate:g}", muon_lr=rate) for rate in (0.1, 0.05, 0.2)),
+    "adamw rate": tuple(Arm(f"adamw {rate:g}", muon_lr=None, lr=rate) for rate in (2e-3, 1e-3, 4e-3)),
+    "mini muon rate": tuple(Arm(f"mini muon {rate:g}", preset="mini", muon_lr=rate) for rate in (0.1, 0.05, 0.2)),
+    "mini adamw rate": tuple(Arm(f"mini adamw {r:g}", preset="mini", muon_lr=None, lr=r) for r in (1e-3, 5e-4, 2e-3)),
+    "positions": (BEST, Arm("text first", rope="text-first"), Arm("scaling", rope="scaling")),
+    "curriculum": (LOW_HIGH, replace(HIGH, steps=LOW_HIGH.flops / HIGH.flops)),
 }
+"""The first arm is what the others are compared with."""
 
 
 @dataclass(frozen=True)
 class Config:
-    arms: tuple[str, ...] = ("neat", "neat-noisy")
-    """Of ARMS."""
+    question: Literal[tuple(QUESTIONS)] = "pictures"
+    arms: tuple[str, ...] = ()
+    """Some of the question's. Default: all."""
     seeds: tuple[int, ...] = (0,)
     """Of the weights and of the noise; pictures are the same."""
     steps: int = 1300
-    """Of 64 samples."""
+    batch_size: int = 64
     pictures: int = 20000
     """Different ones."""
-    per_prompt: int = 4
-    """Pictures that are judged of each of the 200 prompts."""
+    images_per_prompt: int = 4
+    """Pictures that are judged of each of the 200 validation prompts."""
     out: Path = Path("runs/pilot")
+    table: bool = False
+    """Only print what is there."""
 
 
 def main(config: Config) -> None:
-    if unknown := sorted(set(config.arms) - set(ARMS)):
-        raise UserError(f"there is no arm {unknown[0]}; arms are {', '.join(ARMS)}")
-    for seed in config.seeds:
-        for name in config.arms:
-            pilot(config, name, seed)
-    print(table(config.out))
+    arms = [arm for arm in QUESTIONS[config.question] if not config.arms or arm.name in config.arms]
+    if not config.table:
+        for seed in config.seeds:
+            runs = [train(config, arm, seed) for arm in arms]
+            compared = ["--compare", *runs] if len(runs) > 1 else ["--checkpoint", *runs]
+            judging = ["-m", "evaluation", *compared, "--split", "validation", "--dtype", fast_dtype()]
+            judging += ["--images-per-prompt", config.images_per_prompt, "--steps", 20, "--cfg-scale", 2.5]
+            command(*judging, "--output", judged(config, seed))
+    print(table(config, arms))
 
 
-def pilot(config: Config, name: str, seed: int) -> None:
-    """Make an arm's pictures, train on them, and judge what was learnt."""
-    arm, out = ARMS[name], config.out / f"{name}-{config.steps}-{seed}"
+def judged(config: Config, seed: int) -> Path:
+    """Where the verdicts on a question's arms go."""
+    return config.out / "judged" / f"{config.question}-{config.steps}-{seed}"
+
+
+def folder(config: Config, arm: Arm, seed: int) -> Path:
+    """Where an arm is trained."""
+    return config.out / f"{arm.name}-{config.steps}-{seed}".replace(" ", "-").replace(",", "")
+
+
+def train(config: Config, arm: Arm, seed: int) -> Path:
+    """Train an arm, and what it goes on from, on its pictures; returns its run."""
+    out, side = folder(config, arm, seed), TOY_SIDE_PX[arm.res]
     data = config.out / "data" / f"{arm.kind}-{config.pictures}"
-    raw, encoded = data / "raw", data / "encoded"
-    draw = ["data_pipeline/synthesize.py", "--kinds", arm.kind, "--count", config.pictures, "--size", 64]
-    command(*draw, "--workers", 1, "--out", raw)
-    command("data_pipeline/produce.py", "--data", raw, "--components", "base", "--res", 64, "--out", encoded)
-    training = ["pretrain/stage.py", *COMMON.split(), *fast_flags(), *arm.flags.split(), "--data", encoded]
-    command(*training, "--steps", config.steps, "--seed", seed, "--out", out)
-    judging = ["-m", "evaluation", "--checkpoint", out, "--split", "validation", "--dtype", fast_dtype()]
-    judging += ["--images-per-prompt", config.per_prompt, "--steps", 20, "--cfg-scale", 2.5]
-    command(*judging, "--output", out / "judged")
+    draw = ["--kinds", arm.kind, "--count", config.pictures, "--size", 96, "--workers", 1, "--out", data / "raw"]
+    command("data_pipeline/synthesize.py", *draw)
+    encoded = data / f"encoded-{side}"
+    command("data_pipeline/produce.py", "--data", data / "raw", "--components", "base", "--res", side, "--out", encoded)
+    config.out.mkdir(parents=True, exist_ok=True)
+    recipe = out.with_suffix(".toml")
+    write_toml({"rope": arm.rope}, recipe)
+    start = "random" if arm.first is None else train(config, arm.first, seed)
+    command(
+        "pretrain/stage.py", "--config", recipe, *arm.flags(), "--init", start, "--data", encoded, "--components",
+        "base", "--steps", round(arm.steps * config.steps), "--batch-size", config.batch_size, "--max-tokens", 16384,
+        "--warmup-steps", 50, "--schedule", "cosine", "--final-lr-ratio", 0.01, "--ema-decay", 0.997, "--seed", seed,
+        "--validate-every", 0, "--sample-every", 10**6, *fast_flags(), "--out", out,
+    )  # fmt: skip
+    return out
 
 
 def command(*words: object) -> None:
@@ -96,19 +157,40 @@ def command(*words: object) -> None:
         raise SystemExit(status)
 
 
-def table(out: Path) -> str:
-    """Markdown: a row for each finished pilot, with its loss at the end and the judge's strict verdicts by tag."""
-    rows, tags = [], []
-    for file in sorted(out.glob("*/judged/*/scores.json")):
-        (suite,) = json.loads(file.read_text())["suites"].values()
-        strict, folder = suite["scores"]["strict"], file.parents[2]
-        losses = [json.loads(row)["loss"] for row in (folder / "metrics.jsonl").read_text().splitlines()][-100:]
-        tags = list(strict["by kind"])
-        each = [f"{strict['by kind'][tag]['value']:.2f}" for tag in tags]
-        value = f"{strict['value']:.3f} [{strict['low']:.3f}, {strict['high']:.3f}]"
-        rows.append([folder.name, f"{sum(losses) / len(losses):.3f}", value, *each])
-    head = ["arm-steps-seed", "loss", "strict", *tags]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+def table(config: Config, arms: list[Arm]) -> str:
+    """Markdown: for each arm its strict score by seed, their mean, and the paired differences from the first arm."""
+    cells: dict[str, list[str]] = {arm.name: [] for arm in arms}
+    values: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    gains: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for seed in config.seeds:
+        found = [json.loads(file.read_text()) for file in judged(config, seed).glob("*/scores.json")]
+        alone = {data["source"]: only(data["suites"])["scores"]["strict"] for data in found if "suites" in data}
+        differences = [item for data in found for item in data.get("differences", {}).items()]
+        change = {name: only(suites)["strict"] for name, suites in differences}
+        for arm in arms:
+            name = str(folder(config, arm, seed))
+            cells[arm.name].append(interval(alone[name]) if name in alone else "")
+            values[arm.name] += [alone[name]["value"]] if name in alone else []
+            if name in change:
+                cells[arm.name][-1] += f" ({interval(change[name], '+')})"
+                gains[arm.name].append(change[name]["value"])
+    seeds = [f"seed {seed}" for seed in config.seeds]
+    rows = [["arm", *seeds, "mean", "mean difference"], ["---"] * (len(seeds) + 3)]
+    for arm in arms:
+        means = [f"{mean(v):{sign}.3f}" if v else "" for v, sign in ((values[arm.name], ""), (gains[arm.name], "+"))]
+        rows.append([arm.name, *cells[arm.name], *means])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def only(suites: dict[str, dict]) -> dict:
+    """The one suite's part."""
+    (suite,) = suites.values()
+    return suite
+
+
+def interval(entry: dict[str, float], sign: str = "") -> str:
+    """value [low, high]"""
+    return f"{entry['value']:{sign}.3f} [{entry['low']:{sign}.3f}, {entry['high']:{sign}.3f}]"
 
 
 if __name__ == "__main__":
