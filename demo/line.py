@@ -37,6 +37,8 @@ class Config:
     """A folder of your images with captions (.txt or .json beside each), or of webdataset tars; default: ours."""
     out: Path | None = None
     """Where everything goes; default runs/<recipe>, with the name of the data appended when they are yours."""
+    seed: int = 0
+    """Of our pictures, and of every trainer's weights, noise and prompts."""
     dry_run: bool = False
     """Print the stages and their commands, run nothing."""
 
@@ -161,7 +163,7 @@ def main(config: Config) -> None:
     if data is not None and config.recipe == "base":
         raise UserError("--recipe base draws its own pictures; --data goes with quick and demo")
     out = config.out or Path("runs") / (config.recipe if data is None else f"{config.recipe}-{data.name}")
-    line = base_stages(out) if config.recipe == "base" else stages(RECIPES[config.recipe], out, data)
+    line = base_stages(out) if config.recipe == "base" else stages(RECIPES[config.recipe], out, data, config.seed)
     if config.dry_run:
         for number, stage in enumerate(line, 1):
             print(f"[{number}/{len(line)}] {stage.name}: {stage.purpose}\n    {stage}")

@@ -121,8 +121,9 @@ def stage(name: str, purpose: str, *command: object) -> Stage:
     return Stage(name, purpose, [str(word) for word in command])
 
 
-def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
-    """The commands of a line that works in `out`, on the user's `data` or on our own."""
+def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[Stage]:
+    """The commands of a line that works in `out`, on the user's `data` or on our own; `seed` is every stage's."""
+    seeded = ["--seed", seed] if seed else []
     raw, curated, report = out / "data" / "raw", out / "data" / "curated", out / "report"
     components, encoded = out / "components", {res: out / "data" / f"encoded-{res}" for res in (256, 640)}
 
@@ -156,7 +157,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
         ranks = ["torchrun", "--nproc-per-node", recipe.processes] if recipe.processes > 1 else []
         common = [*ranks, script, "--components", components, "--steps", steps, "--out", out / name]
         common += ["--validate-every", steps if recipe.test_prompts else 0]
-        common += ["--validation", "evaluation.validation:ShapesValidation"]
+        common += ["--validation", "evaluation.validation:ShapesValidation", *seeded]
         return stage(name, purpose, *common, *more)
 
     def pretrain(res: int, steps: int, *more: object) -> Stage:
@@ -176,7 +177,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None) -> list[Stage]:
 
     if data is None:
         draw = ["data_pipeline/synthesize.py", "--kinds", recipe.kinds]
-        draw += ["--count", recipe.pictures, "--size", recipe.picture_px, "--out", raw]
+        draw += ["--count", recipe.pictures, "--size", recipe.picture_px, "--out", raw, *seeded]
         source = stage("data", f"synthetic pictures: {recipe.kinds}", *draw)
     else:
         source = stage("data", f"pictures of {data}", "data_pipeline/ingest.py", "--data", data, "--out", raw)
