@@ -95,7 +95,7 @@ def train(
             hook(engine, 0)
             engine.frozen.release()
     bar = progress(config.steps, run.path.name, "step", engine.step_count)
-    with finished_saves(engine), bar, interruptions() as interrupted:
+    with interruptions() as interrupted, finished_saves(engine), bar:
         grows = getattr(batches, "grows", False)
         if grows or (engine.world_size == 1 and hasattr(batches, "interrupted")):
             batches.interrupted = interrupted  # else data come at once
@@ -176,7 +176,8 @@ def save(engine: "Engine", cursor: dict[str, Any], run: RunFolder, config: LoopC
 
 @contextmanager
 def finished_saves(engine: "Engine") -> Iterator[None]:
-    """However it is left, the save that was begun is waited for."""
+    """However it is left, the save that was begun is waited for; within `interruptions`, for torchrun sends a signal of
+    its own after a Ctrl-C."""
     try:
         yield
     finally:

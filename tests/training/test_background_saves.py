@@ -1,7 +1,9 @@
 """Checkpoints that a thread writes while training goes on: their moment, kills, failures, which stay, memory."""
 
 import json
+import os
 import random
+import signal
 import statistics
 import threading
 import time
@@ -9,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_loop import CONFIGURATION, assert_same_run, count_rows, run_loop
+from small_loop import CONFIGURATION, At, assert_same_run, count_rows, run_loop, train
 from test_checkpoints import filled, make_engine, same, step, stored
 from worlds import run_world, start
 
@@ -74,6 +76,33 @@ def failing(rank: int, folder: Path) -> tuple[str, bool]:
 def test_a_failed_writer_is_known_to_all_ranks(tmp_path: Path):
     for message, left, again in run_world(2, failing, tmp_path):
         assert message == "a checkpoint could not be written: rank 1: no space left" and left and again
+
+
+def signalled_in_its_last_save(rank: int, folder: Path) -> str:
+    """A run that gets a signal in its sixth step, and another one while the save of that step is waited for."""
+    from training.engine import saving
+
+    end, write = lambda: os.kill(os.getpid(), signal.SIGTERM), saving.torch_checkpoint.save
+    hook = At(end, (6,))
+
+    def late(*args, **kwargs) -> None:
+        if 6 in hook.seen:
+            time.sleep(0.3)
+            end()
+        write(*args, **kwargs)
+
+    saving.torch_checkpoint.save = late
+    try:
+        train(folder, CONFIGURATION, hooks=[hook])
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "finished"
+
+
+def test_a_second_signal_leaves_the_last_save_be(tmp_path: Path):
+    assert run_world(1, signalled_in_its_last_save, tmp_path) == ["interrupted"]
+    newest = list_checkpoints(tmp_path / "checkpoints")[0]
+    assert newest.name == "step_00000006" and damage(newest) is None
 
 
 def kill_again_and_again(folder: Path, moments: list[str], config, seed: int) -> None:
