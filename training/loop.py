@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from command_line import progress
 from training.cost.cards import GIB, in_this_machine
-from training.run_folder import RunFolder
+from training.run_folder import MEASURES, RunFolder
 
 if TYPE_CHECKING:
     from training.algorithm import Algorithm, Batches
@@ -46,9 +46,14 @@ class LoopConfig:
     """Checkpoints of each multiple of so many steps stay for ever. 0 for none."""
     best: str = "held_out/loss"
     """What decides which checkpoint OUT/best points to, which stays: held_out/NAME, the lowest, or validation/NAME, the
-    highest, of those measured at the step of a checkpoint."""
+    highest, of those measured at the step of a checkpoint. Empty for none."""
     seed: int = 0
     """Seed of noise, timesteps and dropout."""
+
+    def __post_init__(self):
+        measured, _, name = self.best.partition("/")
+        if self.best and (measured not in MEASURES or not name):
+            raise ValueError(f"--best {self.best}: what decides is held_out/NAME or validation/NAME")
 
 
 class Hook(Protocol):
