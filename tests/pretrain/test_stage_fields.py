@@ -157,6 +157,13 @@ def test_a_resolution_without_data_is_named(folders: dict[int, Path]):
         drawn(resolutions={"512": 1}).sides_px()
 
 
+def test_data_that_are_still_being_made_have_no_classes(tmp_path: Path):
+    (tmp_path / "live.json").write_text("{}")
+    for stage in (drawn(text={"none": 1}), replace(drawn(text={"none": 1}), raw="raw", components=tmp_path)):
+        with pytest.raises(UserError, match="produce these first, or draw --natural"):  # before anything is started
+            seen({64: tmp_path}, stage)
+
+
 def test_the_large_recipe_names_every_field():
     for res, stage in STAGES.items():
         draws = stage.draws
