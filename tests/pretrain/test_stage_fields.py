@@ -159,9 +159,10 @@ def test_a_resolution_without_data_is_named(folders: dict[int, Path]):
 
 def test_data_that_are_still_being_made_have_no_classes(tmp_path: Path):
     (tmp_path / "live.json").write_text("{}")
-    for stage in (drawn(text={"none": 1}), replace(drawn(text={"none": 1}), raw="raw", components=tmp_path)):
-        with pytest.raises(UserError, match="produce these first, or draw --natural"):  # before anything is started
-            seen({64: tmp_path}, stage)
+    for folder, raw in ((tmp_path, None), (tmp_path / "new", "raw")):
+        with pytest.raises(UserError, match="produce these first, or draw --natural"):
+            seen({64: folder}, replace(drawn(text={"none": 1}), raw=raw, components=tmp_path))
+    assert not (tmp_path / "new").exists()  # nobody has begun to make it
 
 
 def test_the_large_recipe_names_every_field():
