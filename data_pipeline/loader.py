@@ -187,7 +187,7 @@ class Loader:
             yield cursor, buckets, whole if self.prepare is None else [self.prepare(group) for group in whole]
 
     def _one_step(self, places: Iterator[Place]) -> Iterator[Place]:
-        """The places of a step; by tokens, it ends where their sum is nearest."""
+        """The places of a step; by tokens, it ends where a sample as long as the last would lead further away."""
         if self.batch_tokens is None:
             yield from islice(places, self.batch_size)
             return

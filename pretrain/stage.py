@@ -37,6 +37,10 @@ class Pretraining(FlowOnData):
     """
 
     def __init__(self, config: StageConfig, studio: Studio):
+        if config.draws and (config.raw is not None or any(is_live(folder) for folder in config.data)):
+            raise UserError(
+                "the recipe's shares and least scores are of finished data: produce these first, or draw --natural"
+            )
         super().__init__(
             config, studio, density=config.density, density_mean=config.density_mean, density_std=config.density_std,
             shift=config.shift,
@@ -61,7 +65,7 @@ class Pretraining(FlowOnData):
     def groups(self) -> list[tuple[Path, ...]]:
         """Folders of --data by resolution, in the order of the recipe's."""
         config = self.config
-        if len(config.sides_px()) == 1 or any(is_live(folder) for folder in config.data):
+        if len(config.sides_px()) == 1:
             return super().groups()
         sides = {folder: read_fingerprint(folder).resolution for folder in config.data}
         groups = [tuple(folder for folder in config.data if sides[folder] == side) for side in config.sides_px()]
@@ -84,10 +88,6 @@ class Pretraining(FlowOnData):
 
     def _classes(self) -> list[Classes]:
         config = self.config
-        if any(is_live(folder) for folder in config.data):
-            raise UserError(
-                "the recipe's shares and least scores are of finished data: produce these first, or draw --natural"
-            )
         parts: list[Any] = getattr(self.dataset, "parts", [self.dataset])
         names = [" and ".join(map(str, group)) for group in self.groups()]
         found = [Classes(part, config.draws, name) for part, name in zip(parts, names, strict=True)]

@@ -17,6 +17,7 @@ from files import write_json
 from model.sampling.draw import Request
 from training.data_config import DataConfig
 from training.encoded_with import require_encoded_with
+from training.engine.checkpoint import list_checkpoints
 from training.flow_matching import VelocityMSE, samples_shown
 from training.held_out import HeldOutHook, flow_loss, hold_out
 from training.run_folder import RunFolder
@@ -171,7 +172,7 @@ class FlowOnData(VelocityMSE):
 
     def hooks(self, run: RunFolder) -> list[HeldOutHook]:
         """The loss on what is held out."""
-        if run.writes:
+        if run.writes and not list_checkpoints(run.checkpoints):  # one that goes on keeps what it began with
             write_json(run.path / HELD_OUT_NOTE, {"held_out": 0 if self.held is None else len(self.held)})
         if self.held is None or not self.config.validate_every:
             return []

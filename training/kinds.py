@@ -11,6 +11,8 @@ from model.text_to_image import PIXELS_PER_LATENT
 
 BANDS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
 """Ends of the bands of noise levels that are averaged apart."""
+SOURCE = "source/"
+"""Before the names of kinds by source, of which a user's records may have any number."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def kinds_of(batch: Sequence[Any], inputs: Any) -> Kinds | None:
         height, width = (PIXELS_PER_LATENT * side for side in sample.latent.shape[-2:])
         kinds = [f"sigma/{BANDS[band]:g}-{BANDS[band + 1]:g}", f"size/{width}x{height}"]
         if source := sample.meta.get("source"):
-            kinds.append(f"source/{source}")
+            kinds.append(f"{SOURCE}{source}")
         for kind in kinds:
             members.setdefault(kind, []).append(i)
     member = torch.zeros(len(members), len(samples), dtype=torch.bool)

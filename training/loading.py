@@ -72,7 +72,7 @@ def load(
     the area that the model was trained at. Raises UserError if the source is none of these.
     """
     found = look(source, base)
-    model = _empty_model(found.model_config(), device, dtype)
+    model = empty_model(found.model_config(), device, dtype)
     if found.base.is_ours:
         model.load_state_dict(checkpoint.read_weights(found.base.path, ema or found.lora is not None)[1])
     else:
@@ -113,7 +113,8 @@ def fingerprint(source: str, ema: bool, components: Path | None, precision: str)
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _empty_model(config: MMDiTConfig, device: torch.device | str, dtype: torch.dtype) -> MMDiT:
+def empty_model(config: MMDiTConfig, device: torch.device | str, dtype: torch.dtype) -> MMDiT:
+    """A model whose weights are to be filled."""
     with torch.device("meta"):
         model = MMDiT(config)
     return model.to(dtype).to_empty(device=device)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from command_line import progress
 from training.cost.cards import GIB, in_this_machine
-from training.run_folder import RunFolder
+from training.run_folder import MEASURES, RunFolder
 
 if TYPE_CHECKING:
     from training.algorithm import Algorithm, Batches
@@ -46,9 +46,14 @@ class LoopConfig:
     """Checkpoints of each multiple of so many steps stay for ever. 0 for none."""
     best: str = "held_out/loss"
     """What decides which checkpoint OUT/best points to, which stays: held_out/NAME, the lowest, or validation/NAME, the
-    highest, of those measured at the step of a checkpoint."""
+    highest, of those measured at the step of a checkpoint. Empty for none."""
     seed: int = 0
     """Seed of noise, timesteps and dropout."""
+
+    def __post_init__(self):
+        measured, _, name = self.best.partition("/")
+        if self.best and (measured not in MEASURES or not name):
+            raise ValueError(f"--best {self.best}: what decides is held_out/NAME or validation/NAME")
 
 
 class Hook(Protocol):
@@ -95,7 +100,7 @@ def train(
             hook(engine, 0)
             engine.frozen.release()
     bar = progress(config.steps, run.path.name, "step", engine.step_count)
-    with finished_saves(engine), bar, interruptions() as interrupted:
+    with interruptions() as interrupted, finished_saves(engine), bar:
         grows = getattr(batches, "grows", False)
         if grows or (engine.world_size == 1 and hasattr(batches, "interrupted")):
             batches.interrupted = interrupted  # else data come at once
@@ -176,7 +181,8 @@ def save(engine: "Engine", cursor: dict[str, Any], run: RunFolder, config: LoopC
 
 @contextmanager
 def finished_saves(engine: "Engine") -> Iterator[None]:
-    """However it is left, the save that was begun is waited for."""
+    """However it is left, the save that was begun is waited for; within `interruptions`, for torchrun sends a signal of
+    its own after a Ctrl-C."""
     try:
         yield
     finally:

@@ -103,7 +103,7 @@ def _calls(
 def _tensors(call: Call) -> dict[str, Tensor]:
     inputs = call.inputs
     found = {"img": inputs.img, "txt": inputs.txt, "sigma": inputs.sigma, "gradient": call.gradient}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
 
 
 def _shapes(call: Call) -> dict[str, Any]:

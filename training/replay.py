@@ -43,8 +43,7 @@ def replay(folder: Path) -> list[str]:
 
     import torch
 
-    from model.mmdit import MMDiT
-    from training.loading import whole_weights
+    from training.loading import empty_model, whole_weights
     from training.not_finite import CHECKPOINT, read_calls
     from training.source import look
 
@@ -53,9 +52,7 @@ def replay(folder: Path) -> list[str]:
         raise UserError(f"{folder} holds no batch of a step that was not finite; give OUT/nan/step_N of a run")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_config, weights = whole_weights(look(folder / CHECKPOINT), ema=False)
-    with torch.device("meta"):
-        model = MMDiT(model_config)
-    model.to(getattr(torch, json.loads(ranks[0].read_text())["dtype"])).to_empty(device=device)
+    model = empty_model(model_config, device, getattr(torch, json.loads(ranks[0].read_text())["dtype"]))
     model.load_state_dict(weights)
     lines = []
     for about in ranks:

@@ -85,6 +85,7 @@ class RunFolder:
         self._metrics.write(_row(step, metrics))
         self._metrics.flush()
         self._speed.write(_row(step, speed))
+        self._speed.flush()
         for name, value in {**metrics, **speed}.items():
             self._board.add_scalar(name, value, step)
 

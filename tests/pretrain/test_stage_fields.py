@@ -157,6 +157,14 @@ def test_a_resolution_without_data_is_named(folders: dict[int, Path]):
         drawn(resolutions={"512": 1}).sides_px()
 
 
+def test_data_that_are_still_being_made_have_no_classes(tmp_path: Path):
+    (tmp_path / "live.json").write_text("{}")
+    for folder, raw in ((tmp_path, None), (tmp_path / "new", "raw")):
+        with pytest.raises(UserError, match="produce these first, or draw --natural"):
+            seen({64: folder}, replace(drawn(text={"none": 1}), raw=raw, components=tmp_path))
+    assert not (tmp_path / "new").exists()  # nobody has begun to make it
+
+
 def test_the_large_recipe_names_every_field():
     for res, stage in STAGES.items():
         draws = stage.draws
@@ -167,3 +175,21 @@ def test_the_large_recipe_names_every_field():
     rates = [stage.engine.optimizer.lr for stage in STAGES.values()]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == 3
     assert torch.tensor([s.loop.steps for s in STAGES.values()]).diff().lt(0).all()
+
+
+def test_a_run_keeps_in_mind_what_it_began_to_hold_out(folders: dict[int, Path], tmp_path: Path):
+    from pretrain.stage import Pretraining
+
+    engine = SimpleNamespace(rank=0, dp_rank=0, dp_size=1, any_rank=lambda flag: flag)
+    run = SimpleNamespace(writes=True, path=tmp_path, checkpoints=tmp_path / "checkpoints")
+
+    def held(asked: int | None = None) -> int:
+        """How many samples are held out by a trainer whose run is here."""
+        given = replace(config(held_out=asked, validate_every=0), data=(folders[64],), out=tmp_path)
+        trainer = Pretraining(given, SimpleNamespace(engine=engine))
+        trainer.hooks(run)
+        return 0 if trainer.held is None else len(trainer.held)
+
+    assert [held(), held(5), held()] == [2, 5, 5]
+    (run.checkpoints / "step_00000001").mkdir(parents=True)
+    assert [held(7), held()] == [7, 5]  # the loader refuses to go on with 7

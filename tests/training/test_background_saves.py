@@ -1,7 +1,9 @@
 """Checkpoints that a thread writes while training goes on: their moment, kills, failures, which stay, memory."""
 
 import json
+import os
 import random
+import signal
 import statistics
 import threading
 import time
@@ -9,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_loop import CONFIGURATION, assert_same_run, count_rows, run_loop
+from small_loop import CONFIGURATION, At, assert_same_run, count_rows, run_loop, train
 from test_checkpoints import filled, make_engine, same, step, stored
 from worlds import run_world, start
 
@@ -76,6 +78,33 @@ def test_a_failed_writer_is_known_to_all_ranks(tmp_path: Path):
         assert message == "a checkpoint could not be written: rank 1: no space left" and left and again
 
 
+def signalled_in_its_last_save(rank: int, folder: Path) -> str:
+    """A run that gets a signal in its sixth step, and another one while the save of that step is waited for."""
+    from training.engine import saving
+
+    end, write = lambda: os.kill(os.getpid(), signal.SIGTERM), saving.torch_checkpoint.save
+    hook = At(end, (6,))
+
+    def late(*args, **kwargs) -> None:
+        if 6 in hook.seen:
+            time.sleep(0.3)
+            end()
+        write(*args, **kwargs)
+
+    saving.torch_checkpoint.save = late
+    try:
+        train(folder, CONFIGURATION, hooks=[hook])
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "finished"
+
+
+def test_a_second_signal_leaves_the_last_save_be(tmp_path: Path):
+    assert run_world(1, signalled_in_its_last_save, tmp_path) == ["interrupted"]
+    newest = list_checkpoints(tmp_path / "checkpoints")[0]
+    assert newest.name == "step_00000006" and damage(newest) is None
+
+
 def kill_again_and_again(folder: Path, moments: list[str], config, seed: int) -> None:
     """Kill runs at random moments, each "save" while a thread writes a checkpoint; then let one go on to its end."""
     rng = random.Random(seed)
@@ -116,7 +145,7 @@ def test_a_long_run_takes_no_more_memory_at_its_end(tmp_path: Path):
 
 
 def test_which_checkpoints_stay(tmp_path: Path):
-    run = RunFolder(tmp_path, replace(CONFIGURATION))
+    run = RunFolder(tmp_path, CONFIGURATION)
     for number, loss in [(2, 0.9), (4, 0.5), (6, 0.7), (8, 0.8), (10, 0.4), (11, 0.1), (12, 0.6), (14, 0.6)]:
         run_step = run.checkpoints / f"step_{number:08d}"
         (tmp_path / "held_out.jsonl").open("a").write(json.dumps({"step": number, "loss": loss}) + "\n")
@@ -133,3 +162,5 @@ def test_which_checkpoints_stay(tmp_path: Path):
     assert found.path.resolve().name == "step_00000010"
     run.tidy(keep=1, keep_every=0, best="validation/strict")  # nothing of the kind was measured
     assert [int(p.name[5:]) for p in list_checkpoints(run.checkpoints)] == [14]
+    with pytest.raises(ValueError, match="held_out/NAME or validation/NAME"):
+        replace(CONFIGURATION, best="loss")

@@ -93,6 +93,19 @@ def test_losses_of_kinds_are_those_of_their_samples(alone: list):
     assert "loss/source/text" in alone[1] and "loss/source/text" not in alone[0]
 
 
+def of_few_sources(rank: int) -> list[dict[str, float]]:
+    from training.engine import health
+
+    health.SOURCES = 2
+    return two_steps(rank, (1, 1, False))
+
+
+def test_no_more_than_some_sources_are_told_apart(alone: list):
+    for found in run_world(2, of_few_sources):
+        assert [name for name in alone[1] if name not in found[1]] == ["loss/source/text"]
+        assert found[0].keys() == alone[0].keys()
+
+
 def test_norms_of_groups_make_up_the_whole_and_updates_are_those_of_the_weights(alone: list):
     for row in alone:
         groups = [value for name, value in row.items() if name.startswith("grad_norm/")]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from training.curves import read_rows
 from training.engine.config import EngineConfig, OptimizerConfig
 from training.loop import LoopConfig
 from training.run_folder import RunFolder
@@ -37,3 +38,13 @@ def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path: Path, capsys: 
     RunFolder(tmp_path, Settings(data="c", engine=EngineConfig(optimizer=OptimizerConfig(lr=0.5))))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in lines] == ["data was b, is c", "engine.optimizer.lr was 0.0001, is 0.5"]
+
+
+def test_rows_can_be_read_while_a_run_goes_on(tmp_path: Path):
+    run = RunFolder(tmp_path, Settings())
+    run.open(0)
+    for step in range(1, 4):
+        run.log(step, {"samples": 4.0}, {"seconds": 0.5})
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["images"] for row in read_rows(tmp_path / "speed.jsonl")] == [4.0, 8.0, 12.0]
+    run.close()

@@ -224,16 +224,17 @@ def memory(setting: Setting) -> Memory:
         "VAE": vae,
     }
     found = setting.kept
-    training = drawn | {
-        "copies that follow": work.following * size * trained,
+    there = drawn | {"copies that follow": work.following * size * trained}
+    training = there | {
         "activations": found.forward,
         "one block's backward pass": found.again + found.working,
     }
-    matrices = (2 if setting.world > 1 else 1) * size * trained / slices  # Muon's slices, and whole ones of as many
-    if engine.optimizer.muon_lr is not None and matrices > sum(training.values()):
-        training = drawn | {"Muon's matrices": matrices}
+    update = {"weights before an update": FP32 * trained / slices}  # by which some are measured (engine/health.py)
+    if engine.optimizer.muon_lr is not None:  # slices, and whole ones of as many
+        update["Muon's matrices"] = (2 if setting.world > 1 else 1) * size * trained / slices
     moments = {
         "training": training,
+        "updating": there | update,
         "sampling": drawn | {"moving average, whole": size * trained, "activations": forward_only(setting)},
         "encoding prompts": {"text encoder": encoder},
     }

@@ -14,13 +14,15 @@ from torch import Tensor
 from training.engine.clipping import by_group
 from training.engine.device import Layout
 from training.engine.shards import Shards
-from training.kinds import Kinds
+from training.kinds import SOURCE, Kinds
 
 GROUPS = ("image", "text", "modulation", "embeddings", "output")
 """Groups of parameters: of the blocks the image stream, the text stream and their modulation, then what is before and
 behind the blocks."""
 UPDATE_EVERY = 10
 """Steps from one measurement of the update to the next."""
+SOURCES = 32
+"""Sources whose losses are told apart at most: those that come first."""
 
 
 def group_of(name: str) -> str:
@@ -60,9 +62,9 @@ class Health:
             self._counts[name] = self._counts.get(name, 0) + count
 
     def losses(self) -> Tensor:
-        """Sums and counts of the kinds that are known, and whether there are others here: fp64, to be summed over
+        """Sums and counts of the kinds that are known, and whether there are news here: fp64, to be summed over
         data-parallel ranks and given back to `reduced`."""
-        host = [*(self._counts.get(name, 0) for name in self._kinds), not self._sums.keys() <= set(self._kinds)]
+        host = [*(self._counts.get(name, 0) for name in self._kinds), bool(self._news())]
         zero = torch.zeros((), dtype=torch.float64, device=self._layout.device)
         sums = [self._sums.get(name, zero) for name in self._kinds]
         return torch.stack([*sums, *(torch.full_like(zero, float(value)) for value in host)])
@@ -128,11 +130,22 @@ class Health:
             self._update = None
         return found
 
+    def _room(self) -> int:
+        """Sources that may still become known."""
+        return SOURCES - sum(name.startswith(SOURCE) for name in self._kinds)
+
+    def _news(self) -> set[str]:
+        """Kinds of this step that are to be made known."""
+        room = self._room()
+        return {name for name in self._sums.keys() - set(self._kinds) if room or not name.startswith(SOURCE)}
+
     def _learn(self) -> list[float]:
-        """Make the kinds of this step known to all ranks; their sums and counts."""
+        """Make the news of this step known to all ranks; sums and counts of all kinds."""
         found: list[Any] = [None] * self._layout.world_size
-        dist.all_gather_object(found, list(self._sums), group=self._layout.host_group)
-        self._kinds = sorted({*self._kinds, *(name for names in found for name in names)})
+        dist.all_gather_object(found, self._news(), group=self._layout.host_group)
+        news = set().union(*found)
+        too_many = sorted(name for name in news if name.startswith(SOURCE))[self._room() :]
+        self._kinds = sorted({*self._kinds, *news}.difference(too_many))
         losses = self.losses()
         dist.all_reduce(losses, group=self._layout.dp_group)
         *values, _ = losses.tolist()

@@ -133,7 +133,8 @@ class Saving:
         rank, group = self.layout.rank, self.layout.writers_group
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         try:
-            writer = FileSystemWriter(temporary)
+            # To copy ahead it would wait on a stream of this thread's device: the first GPU, whichever is this rank's.
+            writer = FileSystemWriter(temporary, per_thread_copy_ahead=0)
             torch_checkpoint.save(copy.state, storage_writer=writer, planner=planner, process_group=group)
         finally:
             copy.free()
