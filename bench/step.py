@@ -37,6 +37,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 @dataclass(frozen=True)
 class Config:
     preset: Literal["tiny", "small"] = "tiny"
+    """Its text states are as wide as the data's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool = False
     """Compile the blocks of both."""

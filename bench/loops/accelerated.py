@@ -71,12 +71,14 @@ class Accelerated:
         draws, rng = self.draws, self.rng
         dropped = [rng.uniform(s.key, s.epoch, "dropout") < draws.condition_dropout for s in samples]
         texts = [s.txt_empty if drop else s.txt for s, drop in zip(samples, dropped, strict=True)]
+        lengths = torch.tensor([len(text) for text in texts])
+        padded = {"mask": torch.arange(lengths.max()) < lengths[:, None]} if lengths.unique().numel() > 1 else {}
         return {
             "latent": torch.stack([s.latent for s in samples]),
             "noise": torch.stack([rng.normal(s.key, s.epoch, "noise", tuple(s.latent.shape)) for s in samples]),
             "sigma": torch.stack([draws.sigma(s, rng) for s in samples]),
             "text": pad_sequence(texts, batch_first=True),
-            "mask": pad_sequence([torch.ones(len(text), dtype=torch.bool) for text in texts], batch_first=True),
+            **padded,
         }
 
     def train(self, steps: int) -> None:
@@ -95,13 +97,13 @@ class Accelerated:
             self.average.step(self.model.parameters())
             self.losses.append(accelerator.reduce(torch.stack(losses).mean(), "mean").item())
 
-    def loss(self, latent: Tensor, noise: Tensor, sigma: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, latent: Tensor, noise: Tensor, sigma: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """A picture's, the mean over the batch; latents [B, 16, 1, H, W], prompts [B, L, D]."""
         size, level = (1, latent.shape[-2] // 2, latent.shape[-1] // 2), sigma[:, None, None, None, None]
         velocity = self.model(
             hidden_states=tokens_of((1 - level) * latent + level * noise),
             encoder_hidden_states=text.float(),
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=mask,
             timestep=sigma,
             img_shapes=[[size]] * len(latent),
             return_dict=False,
