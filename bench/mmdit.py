@@ -96,18 +96,11 @@ def peak_mib(name: str, who: str, config: Config) -> float:
 
 
 def print_peak(cases: dict[str, Callable[[], Contestants]], which: str) -> None:
-    """Growth of the resident set while the case runs, in MiB (Linux: the kernel's high-water mark, reset before)."""
+    """Peak memory in MiB of one contestant of a case."""
+    from bench.gpu.measure import peak_mib
+
     name, who = which.rsplit("/", 1)
-    work = cases[name]()[who]
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_kib("VmRSS")
-    work()
-    print((resident_kib("VmHWM") - before) / 1024)
-
-
-def resident_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    print(peak_mib(cases[name]()[who]))
 
 
 def all_cases() -> dict[str, Callable[[], Contestants]]:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,25 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     if cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+
+
+def peak_mib(work: Callable[[], object]) -> float:
+    """MiB that work takes at most: of a GPU what torch takes; else growth of the resident set (Linux: the kernel's
+    high-water mark, reset before)."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_kib("VmRSS")
+    work()
+    return (_resident_kib("VmHWM") - before) / 1024
+
+
+def _resident_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def alternate(works: dict[str, Callable[[], object]], repeats: int = 10, warm: int = 2) -> dict[str, dict[str, float]]:
