@@ -30,7 +30,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 """Largest relative difference of a step's loss."""
 
 
