@@ -45,8 +45,8 @@ class LoopConfig:
     keep_every: int = 0
     """Checkpoints of each multiple of so many steps stay for ever. 0 for none."""
     best: str = "held_out/loss"
-    """What decides which checkpoint OUT/best points to, which stays: held_out/NAME, the lowest, or validation/NAME, the
-    highest, of those measured at the step of a checkpoint. Empty for none."""
+    """What decides which checkpoint OUT/best points to, which stays: held_out/NAME or validation/NAME, of a loss the
+    lowest, of all else the highest, measured at the step of a checkpoint. Empty for none."""
     seed: int = 0
     """Seed of noise, timesteps and dropout."""
 

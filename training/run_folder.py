@@ -114,12 +114,12 @@ class RunFolder:
         prune(self.checkpoints, keep, keep_every, found)
 
     def _best(self, measured: str, name: str) -> Path | None:
-        """The checkpoint whose step was measured best: the lowest on held-out samples, the highest in validation."""
+        """The checkpoint whose step was measured best: the lowest loss, the highest of all else."""
         file = self.path / f"{measured}.jsonl"
         rows = [json.loads(row) for row in file.read_text().splitlines()] if file.exists() else []
         scores = {row["step"]: row[name] for row in rows if row.get(name) is not None}
         there = [folder for folder in list_checkpoints(self.checkpoints) if step_of(folder) in scores]
-        sign = -1 if measured == "held_out" else 1
+        sign = -1 if name.startswith("loss") else 1
         return max(there, key=lambda folder: sign * scores[step_of(folder)], default=None)
 
     def close(self) -> None:

@@ -78,10 +78,10 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         Arm("neat", density=(0, 1)),
         Arm("neat, noisy"),
     ),
-    "muon rate": tuple(Arm(f"muon {rate:g}", muon_lr=rate) for rate in (0.1, 0.05, 0.2)),
-    "adamw rate": tuple(Arm(f"adamw {rate:g}", muon_lr=None, lr=rate) for rate in (2e-3, 1e-3, 4e-3)),
-    "mini muon rate": tuple(Arm(f"mini muon {rate:g}", preset="mini", muon_lr=rate) for rate in (0.1, 0.05, 0.2)),
-    "mini adamw rate": tuple(Arm(f"mini adamw {r:g}", preset="mini", muon_lr=None, lr=r) for r in (1e-3, 5e-4, 2e-3)),
+    "muon-rate": tuple(Arm(f"muon {rate:g}", muon_lr=rate) for rate in (0.1, 0.05, 0.2)),
+    "adamw-rate": tuple(Arm(f"adamw {rate:g}", muon_lr=None, lr=rate) for rate in (2e-3, 1e-3, 4e-3)),
+    "mini-muon-rate": tuple(Arm(f"mini muon {rate:g}", preset="mini", muon_lr=rate) for rate in (0.1, 0.05, 0.2)),
+    "mini-adamw-rate": tuple(Arm(f"mini adamw {r:g}", preset="mini", muon_lr=None, lr=r) for r in (1e-3, 5e-4, 2e-3)),
     "positions": (BEST, Arm("text first", rope="text-first"), Arm("scaling", rope="scaling")),
     "curriculum": (LOW_HIGH, replace(HIGH, steps=LOW_HIGH.flops / HIGH.flops)),
 }
@@ -107,6 +107,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    config = replace(config, out=config.out.resolve())
     arms = [arm for arm in QUESTIONS[config.question] if not config.arms or arm.name in config.arms]
     if not config.table:
         for seed in config.seeds:
@@ -137,7 +138,7 @@ def train(config: Config, arm: Arm, seed: int) -> Path:
     encoded = data / f"encoded-{side}"
     command("data_pipeline/produce.py", "--data", data / "raw", "--components", "base", "--res", side, "--out", encoded)
     config.out.mkdir(parents=True, exist_ok=True)
-    recipe = out.with_suffix(".toml")
+    recipe = config.out / f"{out.name}.toml"
     write_toml({"rope": arm.rope}, recipe)
     start = "random" if arm.first is None else train(config, arm.first, seed)
     command(

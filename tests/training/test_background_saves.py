@@ -148,7 +148,7 @@ def test_which_checkpoints_stay(tmp_path: Path):
     run = RunFolder(tmp_path, CONFIGURATION)
     for number, loss in [(2, 0.9), (4, 0.5), (6, 0.7), (8, 0.8), (10, 0.4), (11, 0.1), (12, 0.6), (14, 0.6)]:
         run_step = run.checkpoints / f"step_{number:08d}"
-        (tmp_path / "held_out.jsonl").open("a").write(json.dumps({"step": number, "loss": loss}) + "\n")
+        (tmp_path / "held_out.jsonl").open("a").write(json.dumps({"step": number, "loss": loss, "accuracy": loss}) + "\n")
         if number % 2:
             continue  # measured, not saved
         run_step.mkdir()
@@ -160,6 +160,8 @@ def test_which_checkpoints_stay(tmp_path: Path):
     found = look(tmp_path / "best")
     assert found.kind == "checkpoint" and found.run == tmp_path and (found.path / "state.json").is_file()
     assert found.path.resolve().name == "step_00000010"
+    run.tidy(keep=9, keep_every=0, best="held_out/accuracy")
+    assert (tmp_path / "best").resolve().name == "step_00000006"  # the highest of those that are left
     run.tidy(keep=1, keep_every=0, best="validation/strict")  # nothing of the kind was measured
     assert [int(p.name[5:]) for p in list_checkpoints(run.checkpoints)] == [14]
     with pytest.raises(ValueError, match="held_out/NAME or validation/NAME"):
