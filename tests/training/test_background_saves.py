@@ -148,7 +148,8 @@ def test_which_checkpoints_stay(tmp_path: Path):
     run = RunFolder(tmp_path, CONFIGURATION)
     for number, loss in [(2, 0.9), (4, 0.5), (6, 0.7), (8, 0.8), (10, 0.4), (11, 0.1), (12, 0.6), (14, 0.6)]:
         run_step = run.checkpoints / f"step_{number:08d}"
-        (tmp_path / "held_out.jsonl").open("a").write(json.dumps({"step": number, "loss": loss, "accuracy": loss}) + "\n")
+        row = {"step": number, "loss": loss, "accuracy": loss}
+        (tmp_path / "held_out.jsonl").open("a").write(json.dumps(row) + "\n")
         if number % 2:
             continue  # measured, not saved
         run_step.mkdir()
