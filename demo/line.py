@@ -36,7 +36,8 @@ class Config:
     data: Path | None = None
     """A folder of your images with captions (.txt or .json beside each), or of webdataset tars; default: ours."""
     out: Path | None = None
-    """Where everything goes; default runs/<recipe>, with the name of the data appended when they are yours."""
+    """Where everything goes; default runs/<recipe>, with the name of the data appended when they are yours, and the
+    seed when it is not 0."""
     seed: int = 0
     """Of our pictures, and of every trainer's weights, noise and prompts."""
     dry_run: bool = False
@@ -162,7 +163,10 @@ def main(config: Config) -> None:
         raise UserError(f"{config.data} does not exist; --data takes a folder of pictures with captions or of tars")
     if data is not None and config.recipe == "base":
         raise UserError("--recipe base draws its own pictures; --data goes with quick and demo")
-    out = config.out or Path("runs") / (config.recipe if data is None else f"{config.recipe}-{data.name}")
+    if config.seed and config.recipe == "base":
+        raise UserError("--recipe base has seeds of its own; --seed goes with quick and demo")
+    name = config.recipe if data is None else f"{config.recipe}-{data.name}"
+    out = config.out or Path("runs") / (f"{name}-seed-{config.seed}" if config.seed else name)
     line = base_stages(out) if config.recipe == "base" else stages(RECIPES[config.recipe], out, data, config.seed)
     if config.dry_run:
         for number, stage in enumerate(line, 1):

@@ -13,7 +13,7 @@ GUIDANCE = 2.5
 """Of the pictures that are shown and judged: the best of 1, 2.5 and 4 on validation prompts."""
 
 NOISY = ("--density-mean", "1")
-"""More of the high noise levels, where a prompt decides what there will be (docs/demo-pilot.md)."""
+"""More of the high noise levels (docs/demo-pilot.md)."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
             "--steps",
             steps,
         ]
-        return stage(name, purpose, *common, "--out", out / name, *more)
+        return stage(name, purpose, *common, "--out", out / name, *seeded, *more)
 
     def produce(res: int) -> Stage:
         purpose = f"text and latents for stage {res}, at {TOY_SIDE_PX[res]} px here"

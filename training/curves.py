@@ -15,34 +15,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def plot(curves: dict[str, list[tuple[float, float]]]) -> bytes:
     """A PNG of small plots side by side, one for each title's points (step, value); at least one curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(curves), figsize=(3 * len(curves), 2.4), squeeze=False)
-    for axis, (title, points) in zip(axes[0], curves.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), lw=1, marker="o" if len(points) < 20 else None, ms=3)
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    return plot_lines({title: {"": points} for title, points in curves.items()}, columns=len(curves), size=(3, 2.4))
 
 
 def plot_lines(
-    charts: dict[str, dict[str, list[tuple[float, float]]]], logarithmic: Collection[str] = (), columns: int = 3
+    charts: dict[str, dict[str, list[tuple[float, float]]]],
+    logarithmic: Collection[str] = (),
+    columns: int = 3,
+    size: tuple[float, float] = (4, 2.6),
 ) -> bytes:
-    """A PNG of small plots in rows, one for each title's lines by their labels; at least one chart."""
+    """A PNG of small plots in rows, one for each title's lines by their labels; at least one chart. `size` is a plot's
+    width and height in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     rows = -(-len(charts) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
     for axis, (title, lines) in zip(axes.flat, charts.items(), strict=False):
         for label, points in lines.items():
             axis.plot(*zip(*points, strict=True), lw=1, label=label, marker="o" if len(points) < 20 else None, ms=3)
