@@ -133,20 +133,9 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
         return Stage(f"report-{after}", f"the page so far, after {after}", command, report / "index.html")
 
     def vae(name: str, purpose: str, decoder: str, steps: int, *more: object) -> Stage:
-        common = [
-            "vae/train.py",
-            "--recipe",
-            decoder,
-            "--preset",
-            "tiny",
-            "--data",
-            curated,
-            "--size",
-            64,
-            "--steps",
-            steps,
-        ]
-        return stage(name, purpose, *common, "--out", out / name, *seeded, *more)
+        common = ["vae/train.py", "--recipe", decoder, "--preset", "tiny", "--data", curated, "--size", 64]
+        common += ["--steps", steps, "--out", out / name, *seeded]
+        return stage(name, purpose, *common, *more)
 
     def produce(res: int) -> Stage:
         purpose = f"text and latents for stage {res}, at {TOY_SIDE_PX[res]} px here"

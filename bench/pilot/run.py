@@ -40,6 +40,7 @@ class Arm:
     density: tuple[float, float] = (1.0, 1.0)
     """Mean and spread of the logit-normal density of noise levels."""
     lr: float = 8e-3
+    """Of AdamW, at the width of the tiny model."""
     muon_lr: float | None = 0.1
     preset: str = "tiny"
     rope: str = "msrope"
@@ -55,8 +56,8 @@ class Arm:
         mean, spread = self.density
         muon = [] if self.muon_lr is None else ["--muon-lr", self.muon_lr]
         return [
-            "--res", self.res, "--preset", self.preset, "--lr", self.lr, *muon, "--density-mean", mean,
-            "--density-std", spread,
+            "--res", self.res, "--preset", self.preset, "--width-base", PRESETS["tiny"].width, "--lr", self.lr, *muon,
+            "--density-mean", mean, "--density-std", spread,
         ]  # fmt: skip
 
     @property
@@ -70,6 +71,11 @@ BEST = Arm("best")
 LOW = replace(BEST, name="64 px", steps=0.6)
 LOW_HIGH = replace(BEST, name="64 then 96 px", res=640, steps=0.4, first=LOW, lr=4e-3, muon_lr=0.05)
 HIGH = replace(BEST, name="96 px alone", res=640)
+OPTIMIZERS = (
+    BEST,
+    *(Arm(f"muon {rate:g}", muon_lr=rate) for rate in (0.05, 0.2)),
+    *(Arm(f"adamw {rate:g}", muon_lr=None, lr=rate) for rate in (2e-3, 1e-3, 4e-3)),
+)
 QUESTIONS: dict[str, tuple[Arm, ...]] = {
     "pictures": (
         Arm("free", kind="square-shapes", density=(0, 1)),
@@ -78,10 +84,8 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         Arm("neat", density=(0, 1)),
         Arm("neat, noisy"),
     ),
-    "muon-rate": tuple(Arm(f"muon {rate:g}", muon_lr=rate) for rate in (0.1, 0.05, 0.2)),
-    "adamw-rate": tuple(Arm(f"adamw {rate:g}", muon_lr=None, lr=rate) for rate in (2e-3, 1e-3, 4e-3)),
-    "mini-muon-rate": tuple(Arm(f"mini muon {rate:g}", preset="mini", muon_lr=rate) for rate in (0.1, 0.05, 0.2)),
-    "mini-adamw-rate": tuple(Arm(f"mini adamw {r:g}", preset="mini", muon_lr=None, lr=r) for r in (1e-3, 5e-4, 2e-3)),
+    "optimizer": OPTIMIZERS,
+    "mini-optimizer": tuple(replace(arm, name=f"mini {arm.name}", preset="mini") for arm in OPTIMIZERS),
     "positions": (BEST, Arm("text first", rope="text-first"), Arm("scaling", rope="scaling")),
     "curriculum": (LOW_HIGH, replace(HIGH, steps=LOW_HIGH.flops / HIGH.flops)),
 }
