@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Config:
     recipe: Literal["quick", "demo", "base"] = "quick"
     """quick: 3 minutes on 2 cores, everything at toy length; demo: half an hour, long enough to learn something; base:
-    make the networks that demo begins with, in half an hour, into OUT/base."""
+    make what is shipped in base/, in an hour and a half, into OUT/base."""
     data: Path | None = None
     """A folder of your images with captions (.txt or .json beside each), or of webdataset tars; default: ours."""
     out: Path | None = None

@@ -40,6 +40,8 @@ class Recipe:
     flags_256: tuple[str, ...]
     flags_640: tuple[str, ...]
     """More flags of pretraining's stages."""
+    steps_own: tuple[int, int]
+    """Of both stages on the user's pictures, whose steps take longer: sizes are mixed, so nothing is compiled."""
     sft_steps: int
     dpo_pairs: int
     dpo_steps: int
@@ -67,6 +69,7 @@ RECIPES = {
         steps_640=24,
         flags_256=(),
         flags_640=(),
+        steps_own=(140, 24),
         sft_steps=8,
         dpo_pairs=12,
         dpo_steps=6,
@@ -89,6 +92,7 @@ RECIPES = {
         steps_640=700,
         flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997", *NOISY),
         flags_640=("--lr", "4e-3", "--muon-lr", ".05", "--ema-decay", ".995", *NOISY),
+        steps_own=(500, 350),
         sft_steps=20,
         dpo_pairs=120,
         dpo_steps=10,
@@ -170,6 +174,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
         source = stage("data", f"synthetic pictures: {recipe.kinds}", *draw)
     else:
         source = stage("data", f"pictures of {data}", "data_pipeline/ingest.py", "--data", data, "--out", raw)
+    steps_256, steps_640 = (recipe.steps_256, recipe.steps_640) if data is None else recipe.steps_own
     last, export = out / "grpo", out / "export"
     if recipe.components is None:
         own = ["demo/components.py", "--vae", out / "image-decoder", "--out", components]
@@ -189,10 +194,10 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
         *make_components,
         produce(256),
         produce(640),
-        pretrain(256, recipe.steps_256, *recipe.flags_256),
+        pretrain(256, steps_256, *recipe.flags_256),
         *judge("pretrain-256"),
         page("pretrain-256"),
-        pretrain(640, recipe.steps_640, "--init", out / "pretrain-256", *recipe.flags_640),
+        pretrain(640, steps_640, "--init", out / "pretrain-256", *recipe.flags_640),
         train("sft", "supervised fine-tuning", "posttrain/sft.py", recipe.sft_steps, *sft_data),
         train("dpo", "direct preference optimisation", "posttrain/dpo.py", recipe.dpo_steps,
               "--init", out / "sft", "--num-pairs", recipe.dpo_pairs, *recipe.flags_dpo),

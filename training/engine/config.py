@@ -76,9 +76,10 @@ class OptimizerConfig:
 
 
 def fast_dtype() -> Literal["float32", "bfloat16"]:
-    """bfloat16 on a CPU that multiplies it in hardware (AMX), else float32."""
+    """bfloat16 on a CPU that multiplies it in hardware (AMX, or AVX-512 with bf16), else float32."""
     cpu = Path("/proc/cpuinfo")
-    return "bfloat16" if cpu.exists() and "amx_bf16" in cpu.read_text() else "float32"
+    flags = cpu.read_text().split() if cpu.exists() else []
+    return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
 
 
 @dataclass(frozen=True)
