@@ -52,7 +52,7 @@ bare: .venv/ready   ## those of them that use the machine's fonts or Tesseract, 
 slow: .venv/ready   ## the tests that take minutes each
 	@$(PY) -m pytest -m slow $(ARGS)
 
-bench: .venv/ready  ## the performance tables of docs/benchmarks.md
+bench: .venv/ready  ## the benchmarks of docs/ at their default sizes
 	@for script in bench/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
 
 lint: .venv/ready

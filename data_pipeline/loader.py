@@ -56,7 +56,12 @@ def flops(tokens: int, width: int) -> int:
 
 
 def microbatches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `costs` in as few balanced groups as keep every group at `max_tokens` or less."""
+    """Indices of `costs` in as few balanced groups as keep every group at `max_tokens` or less.
+
+    ValueError if one cost alone is more.
+    """
+    if max(costs) > max_tokens:
+        raise ValueError(f"a sample has {max(costs)} tokens, a microbatch at most {max_tokens}: raise max_tokens")
     bins = max(1, -(-sum(costs) // max_tokens))
     while True:
         groups = spread(costs, bins)

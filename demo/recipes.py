@@ -80,7 +80,7 @@ RECIPES = {
         test_prompts=0,
     ),
     "demo": Recipe(
-        pictures=20000,
+        pictures=16000,
         kinds="neat-shapes",
         picture_px=96,
         components=BASE,
@@ -88,16 +88,16 @@ RECIPES = {
         image_decoder_steps=0,
         batch_size=128,
         processes=2,
-        steps_256=1000,
-        steps_640=700,
+        steps_256=850,
+        steps_640=550,
         flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997", *NOISY),
         flags_640=("--lr", "4e-3", "--muon-lr", ".05", "--ema-decay", ".995", *NOISY),
-        steps_own=(500, 350),
+        steps_own=(450, 300),
         sft_steps=20,
         dpo_pairs=120,
         dpo_steps=10,
         flags_dpo=(),
-        grpo_steps=40,
+        grpo_steps=20,
         flags_grpo=(),
         sample_steps=20,
         test_prompts=400,
@@ -155,9 +155,10 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
 
     def pretrain(res: int, steps: int, *more: object) -> Stage:
         where = ["--res", res, "--preset", "tiny", "--data", encoded[res], "--batch-size", recipe.batch_size]
-        where += ["--sample-every", steps, "--schedule", "cosine"]
+        where += ["--sample-every", 0 if recipe.test_prompts else steps, "--schedule", "cosine"]
         if recipe.components is not None:
-            where += ["--max-tokens", 16384, "--save-every", 250, "--final-lr-ratio", 0.01, *fast_flags(data is None)]
+            where += ["--max-tokens", 16384, "--save-every", 250, "--final-lr-ratio", 0.01, "--held-out", 0]
+            where += fast_flags(data is None)
         return train(f"pretrain-{res}", f"flow matching, stage {res}", "pretrain/stage.py", steps, *where, *more)
 
     def judge(run: str) -> list[Stage]:
@@ -187,6 +188,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
         shipped = ["demo/components.py", "--copy", recipe.components, "--out", components]
         make_components = [stage("components", "the shipped tokenizer, text encoder and VAE", *shipped)]
     sft_data = ["--data", encoded[640], "--init", out / "pretrain-640", "--batch-size", recipe.batch_size]
+    sft_data += ["--held-out", 128] if recipe.test_prompts and data is None else []
     return [
         source,
         page("data"),

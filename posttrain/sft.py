@@ -48,7 +48,7 @@ class Config(DataConfig):
         config = super().for_adapters(model)
         if model.num_parameters < TOY_PARAMETERS:
             return replace(config, loop=replace(config.loop, steps=200))
-        return replace(config, batch_size=4, max_tokens=4096, loop=LoopConfig(1000, save_every=250))
+        return replace(config, batch_size=4, max_tokens=8192, loop=LoopConfig(1000, save_every=250))
 
     def completed(self) -> "Config":
         self.require_sources()

@@ -70,7 +70,7 @@ class StageConfig(DataConfig):
     """Samples of --data that are not trained on: with each validation the loss on them is logged, at fixed draws.
     Default: a fiftieth, 512 at most; none of data that are still being made, or of --shares."""
     sample_every: int = 1000
-    """Steps between pictures in samples/, which need --components."""
+    """Steps between pictures in samples/, which need --components. 0 for none."""
     validate_every: int = 5000
     """Steps between validations, which need a text encoder in --components. 0 for none."""
 

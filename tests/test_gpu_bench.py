@@ -50,6 +50,24 @@ def test_a_case_that_does_not_end_or_crashes_costs_a_line(tmp_path, monkeypatch,
     assert [json.loads(row)["case"] for row in out.read_text().splitlines()] == ["parity"]
 
 
+def test_a_warning_after_the_line_costs_nothing(monkeypatch):
+    said = 'Loading\n{"case": "smoke", "ok": true}\n[W] {"a destructor"}\n3\n'
+    monkeypatch.setattr(bench.subprocess, "Popen", lambda *a, **k: Said(said))
+    assert bench.in_a_process("smoke", tiny=True)["ok"] is True
+
+
+class Said:
+    """A process that has ended."""
+
+    returncode = 0
+
+    def __init__(self, said: str):
+        self.said = said
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        return self.said, None
+
+
 def test_the_kit_asks_for_the_pinned_wheels():
     done = subprocess.run(
         [sys.executable, "bench/gpu/kit.py", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True

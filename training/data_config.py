@@ -41,6 +41,10 @@ class DataConfig(RunConfig):
 
     def work(self) -> Work:
         work = super().work()
+        if (each := work.img + work.txt) > self.max_tokens:
+            raise UserError(
+                f"a picture with its prompt takes {each} tokens of a microbatch: --max-tokens {each} or more"
+            )
         samples = self.batch_size
         if self.batch_tokens is not None:
             samples = max(1, self.batch_tokens // (work.img + work.txt))

@@ -54,7 +54,10 @@ def components_fingerprint(components: Path) -> dict[str, str | int]:
     if (components / "vae").is_dir():
         found["vae"] = VAE.from_folder(components).fingerprint()
     if (components / "text_encoder").is_dir():
-        found["text_encoder"], found["template"] = Conditioner.from_folder(components).fingerprint()
+        import torch
+
+        read = Conditioner.from_folder(components, dtype=torch.bfloat16)  # as which its weights count
+        found["text_encoder"], found["template"] = read.fingerprint()
     with suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, found)

@@ -138,6 +138,12 @@ class HeldOutHook:
     names: tuple[str, ...] = ("loss",)
     """Of what `measure` finds."""
 
+    def __post_init__(self) -> None:
+        if (longest := max(map(int, self.held.tokens))) > self.max_tokens:
+            raise ValueError(
+                f"a held-out sample has {longest} tokens, a microbatch at most {self.max_tokens}: raise --max-tokens"
+            )
+
     def __call__(self, engine: "Engine", step: int) -> None:
         sigma, found = self.measure_all(engine)
         if not self.run.writes:

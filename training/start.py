@@ -55,7 +55,7 @@ class RunConfig:
     loop: tyro.conf.OmitArgPrefixes[LoopConfig] = field(default_factory=LoopConfig)
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     sample_every: int = 200
-    """Steps between pictures in samples/."""
+    """Steps between pictures in samples/. 0 for none."""
     sample_prompts: Path | None = None
     """Text file with a prompt in each line: drawn beside the others in samples/, by the text encoder of the
     components."""
@@ -287,8 +287,9 @@ def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:
         return hooks
     studio, first = trainer.studio, config.MEASURES_FIRST
     sampler = Sampler(FixedSchedule(20), cfg_scale=config.guidance)
-    shown = trainer.shown() + requests_for(config.own_prompts(), studio, config.side_px())
-    hooks.append(SampleHook(config.sample_every, run_folder, studio, shown, sampler, first))
+    if config.sample_every:
+        shown = trainer.shown() + requests_for(config.own_prompts(), studio, config.side_px())
+        hooks.append(SampleHook(config.sample_every, run_folder, studio, shown, sampler, first))
     if config.validation and config.validate_every and studio.has_text_encoder:
         validation = load_named(config.validation)()
         generator = SharedGenerator(studio, validation.texts, sampler)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.production import has_room
 from model.conditioner import Conditioner
 from model.sampling.draw import Request, Sampler
 from model.sampling.guidance import Condition
@@ -46,7 +47,7 @@ class Studio:
     @cached_property
     def conditioner(self) -> Conditioner:
         """The text encoder, from now on in memory."""
-        return Conditioner.from_folder(self.components, self.engine.device, self._dtype)
+        return Conditioner.from_folder(self.components, self._reads_on(), self._dtype)
 
     @property
     def has_text_encoder(self) -> bool:
@@ -56,7 +57,7 @@ class Studio:
     def encode(self, texts: list[str]) -> list[Tensor]:
         """Hidden states of texts; a text encoder that was not in memory is let go again."""
         kept = "conditioner" in self.__dict__
-        self._text_encoder_to(self.engine.device)
+        self._wake_text_encoder()
         hidden = self.conditioner.encode(texts)
         if not kept:
             self.forget_text_encoder()
@@ -68,7 +69,8 @@ class Studio:
         Meanwhile the text encoder rests in the host's memory: a GPU has its room for the model.
         """
         found = [Condition(self._hidden(text), self._hidden(" ")) for text in texts]
-        self._text_encoder_to("cpu")
+        if "conditioner" in self.__dict__:
+            self.conditioner.text_encoder.to("cpu")
         return found
 
     def forget_text_encoder(self) -> None:
@@ -76,12 +78,21 @@ class Studio:
         self.__dict__.pop("conditioner", None)
 
     def _encode_one(self, text: str) -> Tensor:
-        self._text_encoder_to(self.engine.device)
+        self._wake_text_encoder()
         return self.conditioner.encode([text])[0].cpu()
 
-    def _text_encoder_to(self, device: torch.device | str) -> None:
-        if "conditioner" in self.__dict__:
-            self.conditioner.text_encoder.to(device)
+    def _wake_text_encoder(self) -> None:
+        if "conditioner" in self.__dict__ and self.conditioner.text_encoder.device.type == "cpu":
+            self.conditioner.text_encoder.to(self._reads_on())
+
+    def _reads_on(self) -> torch.device:
+        """Where the text encoder computes: on the CPU if the GPU has no room for it beside what is there."""
+        device = self.engine.device
+        if device.type == "cpu":
+            return device
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return device if has_room(self.components / "text_encoder", free) else torch.device("cpu")
 
     def sampler(self, sampler: Sampler) -> Sampler:
         """A sampler with this engine's alignment and pack size."""

@@ -90,6 +90,21 @@ def test_one_layout_resumes_bit_for_bit(tmp_path: Path):
     assert run_world(1, load_and_save, source, tmp_path, {"again": (1, 1, False)})[0]["again"] == then
 
 
+def saved_before_the_first_step(rank: int, folder: Path) -> None:
+    engine = filled(make_engine())
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        engine.save(folder, {})
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_moments_before_the_first_step_are_zero(tmp_path: Path):
+    run_world(1, saved_before_the_first_step, tmp_path / "step_00000000")
+    moments = {k: v for k, v in stored(tmp_path / "step_00000000").items() if ".exp_avg" in k}
+    assert moments and not any(v.any() for v in moments.values())
+
+
 def room_to_load(rank: int) -> tuple[int, int, int]:
     """(bytes that a rank has ready to load optimizer state into, bytes of all of it, parameters cut by the border)."""
     from training.engine import device

@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader import Loader, microbatches
 from data_pipeline.sample import EncodedSample
 from data_pipeline.sample_index import key_hash
-from training.held_out import hold_out
+from training.held_out import HeldOutHook, hold_out
 
 
 class Samples:
@@ -52,6 +52,16 @@ def test_what_is_held_out_is_never_trained_on_and_all_else_is():
     seen = {s.key for _ in range(2) for batch in next(loader) for s in batch}  # 38 samples: one pass
     loader.close()
     assert seen == set(KEYS) - {held.key(i) for i in range(12)} and {held[i].key for i in range(12)} == set(KEYS) - seen
+
+
+def test_a_held_out_sample_that_fits_into_no_microbatch_is_refused():
+    kept, held = hold_out(Samples(KEYS), 12)
+    held.tokens[7] = 5000
+    with pytest.raises(ValueError, match="a held-out sample has 5000 tokens, a microbatch at most 4096"):
+        HeldOutHook(1, None, None, held, 4096)
+    HeldOutHook(1, None, None, kept, 4096)
+    with pytest.raises(ValueError, match="a sample has 5000 tokens"):
+        microbatches([3, 5000], 4096)
 
 
 @pytest.mark.parametrize("count", [0, 50, 51])

@@ -53,7 +53,8 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         try:
-            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # else it falls back in silence
+            # the limit here, too: settings are a thread's own, and CUDA's recomputation runs in one of autograd's
+            with torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
                 return self._compiled(*args)
         except FailOnRecompileLimitHit:
             if not Compiled.said:

@@ -138,14 +138,6 @@ def require_same_model(checkpoint: Path, model_config: Any, lora: LoRAConfig | N
         raise ValueError(f"checkpoint {checkpoint} is of another model: {differences}")
 
 
-def averaged(checkpoint: Path) -> set[str]:
-    """Names of the weights whose moving average a checkpoint holds."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    return {key.removeprefix("ema.") for key in stored if key.startswith("ema.")}
-
-
 def read_tensors(checkpoint: Path, ema: bool = True) -> "dict[str, Tensor]":
     """Whole weights by name, on the CPU; with `ema` the moving average (fp32) of each weight that has one."""
     return dict(each_tensor(checkpoint, ema, math.inf))

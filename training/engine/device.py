@@ -81,6 +81,8 @@ def start(parallel: ParallelConfig) -> Layout:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if cuda else CPU
     if cuda:
+        # packs differ in size, which leaves fragments
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     else:
         _install_cpu_shim()

@@ -37,7 +37,6 @@ from training.behind import Behind
 from training.ema import MovingAverage
 from training.engine import checkpoint
 from training.engine.device import Layout, megatron_region
-from training.engine.quantized import quantized_layers
 from training.engine.shards import Shards
 
 SHARDING = "fully_reshardable"
@@ -187,18 +186,10 @@ class Saving:
             raise ValueError(checkpoint.no_checkpoint(source, found))
         of_adapters = checkpoint.read_state(folder).get("lora") is not None
         checkpoint.require_same_model(folder, self.model_config, self.lora if of_adapters else None)
-        if not of_adapters and any(quantized_layers(self.model)):  # whole, a few at a time: no memory holds the model
-            for name, full in checkpoint.each_tensor(folder, ema):
+        present = {name for name, _ in self.model.named_parameters()}
+        for name, full in checkpoint.each_tensor(folder, ema):  # a few at a time: no memory holds the model twice
+            if name in present:
                 fill_weight(self.model, name, full)
-            return folder
-        averaged = checkpoint.averaged(folder) if ema else set()
-        weights = {}
-        for name, param in self.model.named_parameters():
-            if param.requires_grad if of_adapters else ".lora." not in name:
-                key, dtype = (f"ema.{name}", torch.float32) if name in averaged else (f"model.{name}", param.dtype)
-                weights[name] = self._sharded(key, param, torch.empty_like(param, dtype=dtype))
-        with megatron_region():
-            self._fill(dist_checkpointing.load({"model": weights}, str(folder))["model"])
         return folder
 
     def resume(self, checkpoints: Path) -> dict[str, Any] | None:
@@ -284,7 +275,10 @@ class Saving:
     def _require_state(self) -> None:
         """Make the slices' state if there is none yet, before the first update."""
         if not self.optimizer.optimizer.state:
-            self.optimizer.load_state_dict(self.optimizer.state_dict())
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # which leaves the moments as memory was
+            for state in self.optimizer.optimizer.state.values():
+                for part in STATE_PARTS[1:]:
+                    state[part].zero_()
 
     def _gathered(self, slices: dict[str, Tensor], prefix: str) -> dict[str, ShardedTensor]:
         """Whole tensors of all ranks' slices, each kept by one rank of those that share it: copies in host memory."""

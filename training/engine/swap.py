@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from training.engine.quantized import QuantizedLinear
 
+ALIGNMENT = 256
+"""Bytes."""
+
 
 class Swap:
     """`count` of `blocks`, spread evenly over them, computing on `device` from weights in host memory.
@@ -32,11 +35,12 @@ class Swap:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         for layer in self._block:
             layer.swap = self
-            if self._side is not None:
-                for part in layer.stored():
-                    part.data = part.pin_memory()
-        room = lambda: [[torch.empty_like(p, device=device) for p in m.stored()] for m in self._layers[0]]  # noqa: E731
-        self._rooms = [room() for _ in range(min(2, count))]
+        self._home = [_packed(layers) for layers in self._layers]
+        if self._side is not None:
+            for memory in self._home:
+                _lock(memory)
+        self._rooms = [torch.empty_like(self._home[0], device=device) for _ in range(min(2, count))]
+        self._parts = [_views(room, self._layers[0]) for room in self._rooms]
         self._held: list[int | None] = [None] * len(self._rooms)
         self._arrived: list[torch.cuda.Event | None] = [None] * len(self._rooms)
         self._present = -1
@@ -47,7 +51,7 @@ class Swap:
         if block != self._present:
             self._turn_to(block)
         room = self._held.index(block)
-        return self._rooms[room][self._layers[block].index(layer)]
+        return self._parts[room][self._layers[block].index(layer)]
 
     def forget(self) -> None:
         """Say that what is stored was changed: nothing on the device counts any more."""
@@ -69,9 +73,38 @@ class Swap:
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream())
         with nullcontext() if self._side is None else torch.cuda.stream(self._side):
-            for at, layer in enumerate(self._layers[block]):
-                for part, stored in zip(self._rooms[room][at], layer.stored(), strict=True):
-                    part.copy_(stored, non_blocking=True)
+            self._rooms[room].copy_(self._home[block], non_blocking=True)
             if self._side is not None:
                 self._arrived[room] = self._side.record_event()
         self._held[room] = block
+
+
+def _packed(layers: Sequence[QuantizedLinear]) -> Tensor:
+    """One piece of host memory that the layers' stored parts lie in from now on."""
+    memory = torch.empty(sum(_padded(part) for layer in layers for part in layer.stored()), dtype=torch.uint8)
+    for layer, places in zip(layers, _views(memory, layers), strict=True):
+        for part, place in zip(layer.stored(), places, strict=True):
+            place.copy_(part)
+            part.data = place
+    return memory
+
+
+def _views(memory: Tensor, layers: Sequence[QuantizedLinear]) -> list[list[Tensor]]:
+    """Where in such a piece of memory each part of each layer lies."""
+    found, start = [], 0
+    for layer in layers:
+        found.append([])
+        for part in layer.stored():
+            found[-1].append(memory[start : start + part.nbytes].view(part.dtype).view(part.shape))
+            start += _padded(part)
+    return found
+
+
+def _padded(part: Tensor) -> int:
+    return -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _lock(memory: Tensor) -> None:
+    """Pin memory where it lies; what torch allocates as pinned has a power of two of bytes."""
+    if status := int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
+        raise RuntimeError(f"{memory.nbytes >> 20} MiB of host memory cannot be pinned (CUDA's error {status})")
