@@ -164,18 +164,9 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
     def judge(run: str) -> list[Stage]:
         if not recipe.test_prompts or data is not None:
             return []
-        common = [
-            *ranks,
-            "evaluation/__main__.py",
-            "--checkpoint",
-            out / run,
-            "--split",
-            "test-iid",
-            "--images-per-prompt",
-            2,
-        ]
-        common += ["--limit", recipe.test_prompts, "--steps", recipe.sample_steps, "--cfg-scale", GUIDANCE]
-        common += ["--dtype", fast_dtype()]
+        common = [*ranks, "evaluation/__main__.py", "--checkpoint", out / run, "--split", "test-iid"]
+        common += ["--images-per-prompt", 2, "--limit", recipe.test_prompts]
+        common += ["--steps", recipe.sample_steps, "--cfg-scale", GUIDANCE, "--dtype", fast_dtype()]
         return [stage(f"judge-{run}", f"test prompts, drawn by {run} and judged", *common, "--output", out / "judged")]
 
     if data is None:
