@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from training.engine import blocks, device, ops
 from training.engine.config import EngineConfig, ParallelConfig
 from training.flow_matching import VelocityMSE
 from training.randomness import Randomness
+from training.studio import Studio
 
 LAYOUT = device.Layout(
     torch.device("cuda", 0), rank=0, world_size=1, dp_rank=0, dp_size=1, tp_rank=0, tp_size=1, cp_rank=0, cp_size=1,
@@ -115,6 +117,17 @@ def test_compilation_is_for_cuda_unless_it_is_asked_for():
 @pytest.mark.parametrize("flags, expected", [([], None), (["--compile"], True), (["--no-compile"], False)])
 def test_compilation_has_its_flag(flags: list[str], expected: bool | None):
     assert tyro.cli(EngineConfig, args=flags).compile is expected
+
+
+@pytest.mark.parametrize("free, cached, where", [(9_000, 0, "cpu"), (9_000, 20_000, "cuda"), (29_000, 0, "cuda")])
+def test_a_text_encoder_reads_on_the_cpu_where_the_gpu_has_no_room(free, cached, where, tmp_path, monkeypatch):
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "model.safetensors").write_bytes(bytes(10_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 40_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000 + cached)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    studio = Studio(SimpleNamespace(device=torch.device("cuda", 0)), tmp_path, 4096)
+    assert studio._reads_on().type == where
 
 
 def patience(rank: int) -> set[timedelta]:
