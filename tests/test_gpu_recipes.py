@@ -34,16 +34,8 @@ def test_a_recipe_fits_as_it_is_written(card, command, needed, of, tmp_path):
 
 
 def test_a_picture_that_fits_into_no_microbatch_is_refused_in_the_plan(tmp_path):
-    words = [
-        "posttrain/sft.py",
-        "--init",
-        "Qwen/Qwen-Image",
-        "--pictures",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    command = [sys.executable, *words, "--size-px", "1024", "--lora-rank", "16", "--max-tokens", "4096", "--dry-run"]
+    words = "posttrain/sft.py --init Qwen/Qwen-Image --size-px 1024 --lora-rank 16 --max-tokens 4096 --dry-run".split()
+    command = [sys.executable, *words, "--pictures", str(tmp_path), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and done.stderr.splitlines()[-1].endswith("--max-tokens 4352 or more"), done.stderr
 
