@@ -256,8 +256,11 @@ def _join() -> tuple[int, int]:
     """(rank, number of processes); under torchrun they meet in a process group."""
     if "MASTER_ADDR" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
+    import torch
     import torch.distributed as dist
 
+    if "OMP_NUM_THREADS" not in os.environ:  # or each would take all cores
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     return dist.get_rank(), dist.get_world_size()
 
