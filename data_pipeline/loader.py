@@ -60,8 +60,8 @@ def microbatches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
 
     ValueError if one cost alone is more.
     """
-    if max(costs) > max_tokens:
-        raise ValueError(f"a sample has {max(costs)} tokens, a microbatch at most {max_tokens}: raise max_tokens")
+    if (longest := max(costs, default=0)) > max_tokens:
+        raise ValueError(f"a sample has {longest} tokens, a microbatch at most {max_tokens}: raise max_tokens")
     bins = max(1, -(-sum(costs) // max_tokens))
     while True:
         groups = spread(costs, bins)

@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from data_pipeline.dataset import content_hash, read_fingerprint
 from data_pipeline.encoding import ENCODING_VERSION
 from data_pipeline.live import LIVE
@@ -54,8 +56,6 @@ def components_fingerprint(components: Path) -> dict[str, str | int]:
     if (components / "vae").is_dir():
         found["vae"] = VAE.from_folder(components).fingerprint()
     if (components / "text_encoder").is_dir():
-        import torch
-
         read = Conditioner.from_folder(components, dtype=torch.bfloat16)  # as which its weights count
         found["text_encoder"], found["template"] = read.fingerprint()
     with suppress(OSError):

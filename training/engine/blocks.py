@@ -31,8 +31,6 @@ def prepare_blocks(model: nn.Module, compiled: bool, recompute: str) -> None:
 
     Gradients do not change. Recomputation wraps compilation: what is compiled is a whole forward in either case.
     """
-    if compiled:
-        torch._dynamo.config.recompile_limit = VARIANTS
     for block in getattr(model, "blocks", ()):
         if compiled:
             block.forward = Compiled(block.forward)
@@ -53,7 +51,7 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         try:
-            # the limit here, too: settings are a thread's own, and CUDA's recomputation runs in one of autograd's
+            # here, since settings are a thread's own, and CUDA's recomputation runs in one of autograd's
             with torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
                 return self._compiled(*args)
         except FailOnRecompileLimitHit:

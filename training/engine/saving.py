@@ -186,10 +186,8 @@ class Saving:
             raise ValueError(checkpoint.no_checkpoint(source, found))
         of_adapters = checkpoint.read_state(folder).get("lora") is not None
         checkpoint.require_same_model(folder, self.model_config, self.lora if of_adapters else None)
-        present = {name for name, _ in self.model.named_parameters()}
         for name, full in checkpoint.each_tensor(folder, ema):  # a few at a time: no memory holds the model twice
-            if name in present:
-                fill_weight(self.model, name, full)
+            fill_weight(self.model, name, full)
         return folder
 
     def resume(self, checkpoints: Path) -> dict[str, Any] | None:
