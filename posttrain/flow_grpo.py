@@ -56,13 +56,14 @@ class Config(RolloutConfig):
         return super().completed()
 
     def work(self) -> Work:
-        """Random steps of all pictures, with guidance; each step's latents and mean stay on the device until the next
-        rollout, and so do the prompts' states."""
+        """Random steps of all pictures, with guidance, of which the first is one pass for all that start alike; each
+        step's latents and mean stay on the device until the next rollout, and so do the prompts' states."""
         given, random = super().work(), len(random_steps(self.sampling_steps, self.window, 0.0))
+        passes = random - 1 + (self.starts or self.group) / self.group
         latents = 4 * given.img * self.model.in_channels * (2 * random + 1)
         states = 2 * given.txt * self.model.joint_attention_dim
         return replace(
-            given, samples=given.samples * random * self.sides, unit="passes", references=int(self.beta > 0),
+            given, samples=round(given.samples * passes * self.sides), unit="passes", references=int(self.beta > 0),
             fixed=int(self.beta > 0), remembered=given.samples * (latents + states),
         )  # fmt: skip
 

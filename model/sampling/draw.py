@@ -11,7 +11,7 @@ Shape legend: S pictures of one pack, L target tokens of all of them, C channels
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,7 +29,7 @@ Velocity = Callable[[ModelInputs], Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """What one picture is drawn from."""
+    """What one picture is drawn from. Requests that hold the same tensors are one to the model until a random step."""
 
     condition: Condition
     noise: Tensor
@@ -152,7 +152,8 @@ class Sampler:
         sizes = [token_size(requests[n].noise) for n in pack]
         walk = self.schedule.begin(sizes)
         going = tuple(range(len(pack)))
-        guidance = self._layout(requests, pack)
+        shared = _first_like(requests[n] for n in pack) if isinstance(self.schedule, FixedSchedule) else None
+        guidance = self._layout(requests, pack, shared)
         x = torch.cat([patchify(requests[n].noise.float()) for n in pack]).to(guidance.pack.img_pos.device)
         sigma, k = torch.ones(len(pack)), 0
         while going:
@@ -170,6 +171,8 @@ class Sampler:
                 x_next = mean + std * moved(eps, mean.device)
                 made = Transition(numbers, guidance, step, x, x_next, sigma, sigma_next, mean, sigma)
                 transitions.append(replace(made, log_prob=made.mean_log_prob(mean, std)))
+                if shared is not None:
+                    shared, guidance = None, self._layout(requests, pack)
             x, sigma, k = x_next, sigma_next, k + 1
             if not (finished := sigma == 0).any():
                 continue
@@ -183,10 +186,19 @@ class Sampler:
                 guidance = self._layout(requests, [pack[i] for i in going])
                 x, sigma = torch.cat([tokens[j] for j in left]), sigma[left]
 
-    def _layout(self, requests: Sequence[Request], numbers: list[int]) -> Guidance:
+    def _layout(
+        self, requests: Sequence[Request], numbers: list[int], first_like: Sequence[int] | None = None
+    ) -> Guidance:
         chosen = [requests[n] for n in numbers]
         sizes = [token_size(r.noise) for r in chosen]
-        return Guidance([r.condition for r in chosen], sizes, self.cfg_scale, self.align)
+        return Guidance([r.condition for r in chosen], sizes, self.cfg_scale, self.align, first_like)
+
+
+def _first_like(requests: Iterable[Request]) -> list[int] | None:
+    """Which is the first request that holds each one's condition and noise; None if all differ."""
+    first: dict[tuple[int, int], int] = {}
+    found = [first.setdefault((id(r.condition), id(r.noise)), number) for number, r in enumerate(requests)]
+    return found if len(first) < len(found) else None
 
 
 def _finite(latent: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Shape legend: S pictures, L target tokens of all pictures (one after another), C channels of a token.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +36,27 @@ class Guidance:
     negative prompt that is missing.
     """
 
-    def __init__(self, conditions: list[Condition], sizes: list[Size], cfg_scale: float = 4.0, align: int = 16):
-        """`sizes` in tokens (frames, height, width). The pack lives where the conditions live."""
+    def __init__(
+        self,
+        conditions: list[Condition],
+        sizes: list[Size],
+        cfg_scale: float = 4.0,
+        align: int = 16,
+        first_like: Sequence[int] | None = None,
+    ):
+        """`sizes` in tokens (frames, height, width). The pack lives where the conditions live.
+
+        `first_like` names for each picture the first that is equal to it, noise level and condition included: the
+        model is then asked about these alone. Default: each its own.
+        """
         if len(conditions) != len(sizes):
             raise ValueError(f"{len(conditions)} conditions, but {len(sizes)} sizes")
+        self.lengths = [math.prod(size) for size in sizes]
+        self._asked, self._answer = list(range(len(sizes))), None
+        if first_like is not None:
+            self._asked = sorted(set(first_like))
+            self._answer = [self._asked.index(i) for i in first_like]
+            conditions, sizes = [conditions[i] for i in self._asked], [sizes[i] for i in self._asked]
         texts = [c.txt for c in conditions]
         self.cfg_scale, self.guided = cfg_scale, cfg_scale > 1
         if self.guided:
@@ -50,13 +69,15 @@ class Guidance:
             for txt, size, c in zip(texts, sizes, conditions, strict=True)
         ]
         self.pack = Pack.of(shapes, align).to(texts[0].device)
-        self.lengths = self.pack.target_lengths[: len(sizes) // (2 if self.guided else 1)]
         references = [patchify(r) for c in conditions for r in c.references]
         self._txt = _fill(texts, len(self.pack.txt_pos))
         self._references = references
 
     def inputs(self, x: Tensor, sigma: Tensor) -> ModelInputs:
         """Inputs of the model for the pictures' tokens x [L, C] at noise levels sigma [S] (on the CPU)."""
+        if self._answer is not None:
+            pieces, sigma = self.split(x), sigma[self._asked]
+            x = torch.cat([pieces[i] for i in self._asked])
         levels, row = torch.unique(sigma.cpu(), return_inverse=True)
         copies = 2 if self.guided else 1
         img = _fill([x] * copies + self._references, len(self.pack.img_pos))
@@ -64,12 +85,15 @@ class Guidance:
 
     def combine(self, output: Tensor) -> Tensor:
         """Guided velocity [L, C] from the model's output on `inputs`; differentiable through both branches."""
-        if not self.guided:
+        if self.guided:
+            pos, neg = output.chunk(2)
+            both = neg + self.cfg_scale * (pos - neg)
+            norm = both.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(both.dtype).tiny)
+            output = both * (pos.norm(dim=-1, keepdim=True) / norm)
+        if self._answer is None:
             return output
-        pos, neg = output.chunk(2)
-        both = neg + self.cfg_scale * (pos - neg)
-        norm = both.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(both.dtype).tiny)
-        return both * (pos.norm(dim=-1, keepdim=True) / norm)
+        pieces = output.split([self.lengths[i] for i in self._asked])
+        return torch.cat([pieces[i] for i in self._answer])
 
     def per_token(self, values: Tensor) -> Tensor:
         """[S] -> [L, 1]: the value of each token's picture."""

@@ -137,10 +137,12 @@ class Rollouts:
         conditions = [c.to(painter.device) for c in trainer.studio.conditions([p.text for p, _ in prompts])]
         requests = []
         for (prompt, epoch), condition in zip(prompts, conditions, strict=True):
+            starts: dict[str, Tensor] = {}  # pictures with one start share its tensor, and so the steps until they part
             for i in range(size):
-                key = f"{prompt.key}#{i}"
-                noise = trainer.noise(trainer.start_key(prompt, i), epoch, "start").to(painter.device)
-                requests.append(Request(condition, noise, partial(_eps, trainer.rng, key, epoch)))
+                key, start = f"{prompt.key}#{i}", trainer.start_key(prompt, i)
+                if start not in starts:
+                    starts[start] = trainer.noise(start, epoch, "start").to(painter.device)
+                requests.append(Request(condition, starts[start], partial(_eps, trainer.rng, key, epoch)))
         drawn, groups = painter.sampler.draw(painter.velocity, requests), []
         for n, ((prompt, epoch), condition) in enumerate(zip(prompts, conditions, strict=True)):
             latents = drawn.latents[n * size : (n + 1) * size]

@@ -130,6 +130,37 @@ def test_on_policy_ratio_is_exactly_one(kind, cfg_scale):
             assert metrics["ratio_deviation"].item() == 0.0 and metrics["clipped"].item() == 0.0
 
 
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_pictures_that_begin_alike_are_one_to_the_model_until_they_part(cfg_scale):
+    """Two groups of three, of which each has one start: the same pictures, steps and gradients as with copies of it."""
+    net, asked = model(), []
+    conditions = [Condition(randn(3 + i, 8, seed=i), randn(2, 8, seed=9)) for i in range(2)]
+    one = [Request(conditions[i // 3], noise()[i // 3], partial(draw, i)) for i in range(6)]
+    alike = [replace(r, noise=one[3 * (i // 3)].noise) for i, r in enumerate(one)]
+    sampler = Sampler(FixedSchedule(STEPS), Window(SDE(0.7), range(1, 3)), cfg_scale)
+
+    def velocity(inputs):
+        asked.append(inputs.pack.n_samples)
+        return net(inputs)
+
+    copies, shared = (sampler.draw(velocity, r) for r in (one, alike))
+    sides = 2 if cfg_scale > 1 else 1
+    assert asked == [6 * sides] * STEPS + [2 * sides] * 2 + [6 * sides] * (STEPS - 2)
+    for a, b in zip(copies.latents, shared.latents, strict=True):
+        torch.testing.assert_close(a, b)
+    assert [t.inputs().pack.n_samples for t in shared.transitions] == [2 * sides, 6 * sides]
+    advantage, gradients = randn(6), []
+    for drawn in (copies, shared):
+        net.zero_grad()
+        for t in drawn.transitions:
+            loss, weight, metrics = grpo(net, model(1), t, advantage, beta=0.1)
+            assert weight == 6 and metrics["ratio_deviation"].item() == 0.0
+            loss.backward()
+        gradients.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    for n, g in gradients[0].items():
+        torch.testing.assert_close(gradients[1][n], g, rtol=1e-4, atol=1e-4 * g.abs().max().item())
+
+
 def test_on_policy_gradient_is_that_of_reinforce():
     """At ratio 1 the gradient of the loss is -A grad log p, here with torch.distributions' log-density."""
     net = model()
