@@ -37,7 +37,7 @@ def run(
     """Parse flags into the dataclass `config` and call main.
 
     `config` is a type, an instance whose values are the defaults, or a function that finds them from the words of the
-    command line.
+    command line, before which it sees what the file says as if they were words.
 
     `--config FILE.toml` replaces the defaults; flags go on top. UserError, ValueError and OSError end as one line on
     stderr with exit status 2 (set DEBUG=1 for the traceback), Ctrl-C with 130.
@@ -48,12 +48,13 @@ def run(
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         argv, file = _take_config_flag(sys.argv[1:])
+        said = {} if file is None else read_toml(file)
         if isinstance(config, type):
             defaults = config()
         else:
-            defaults = config if dataclasses.is_dataclass(config) else config(argv)
+            defaults = config if dataclasses.is_dataclass(config) else config([*_as_words(said), *argv])
         if file is not None:
-            defaults = from_dict(type(defaults), read_toml(file), defaults, str(file))
+            defaults = from_dict(type(defaults), said, defaults, str(file))
         doc = description or sys.modules[main.__module__].__doc__
         parsed = tyro.cli(
             type(defaults), default=defaults, args=argv, description=doc + "\n\n--config FILE.toml sets the defaults."
@@ -97,6 +98,17 @@ def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
         if word.startswith("--config="):
             return argv[:i] + argv[i + 1 :], Path(word.removeprefix("--config="))
     return argv, None
+
+
+def _as_words(said: dict[str, Any]) -> list[str]:
+    """Flags that say what a file says, without the names of its tables; of a list its first item."""
+    words = []
+    for name, value in said.items():
+        if isinstance(value, dict):
+            words += _as_words(value)
+        elif not isinstance(value, list) or value:
+            words += ["--" + name.replace("_", "-"), str(value[0] if isinstance(value, list) else value)]
+    return words
 
 
 def flag(argv: list[str], name: str) -> str | None:
@@ -182,6 +194,8 @@ def _convert(hint: Any, value: Any, default: Any, where: str) -> Any:
     if origin is tuple:
         hints = args[:1] * len(value) if args[-1] is ... else args
         return tuple(_convert(h, v, None, where) for h, v in zip(hints, value, strict=True))
+    if origin is typing.Literal and value not in args:
+        raise UserError(f"{where} should be one of {', '.join(map(str, args))}, is {value!r}")
     if hint is Path:
         return Path(value)
     if hint is float and isinstance(value, int):

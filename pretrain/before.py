@@ -36,15 +36,19 @@ def samples_seen(run: Path, steps: int) -> int:
 
 
 def start_of(res: int, out: Path, given: Path | None, may_wait: bool = False) -> Path | None:
-    """What a stage starts from: what was given, or what its run began from, or the finished run of the stage before.
+    """What a stage starts from: what its run began from, or what was given, or the finished run of the stage before.
 
-    None for random weights, which the first stage begins from unless told otherwise. UserError if another would; with
-    `may_wait` the run of the stage before then.
+    None for random weights, which the first stage begins from unless told otherwise. UserError if another would (with
+    `may_wait` it is the run of the stage before then), and for a run that began from something else than what is given;
+    a folder of the same name is one that was moved.
     """
+    if steps_done(out):
+        init = read_toml(out / "config.toml").get("init")
+        if given is not None and given.name != Path(init or AT_RANDOM).name:
+            raise UserError(f"{out} started from {init or 'random weights'}, not from {given}; choose another --out")
+        return None if init is None else Path(init)
     if given is not None or res == RESOLUTIONS[0]:
         return given
-    if steps_done(out):
-        return Path(read_toml(out / "config.toml").get("init", AT_RANDOM))
     before = RESOLUTIONS[RESOLUTIONS.index(res) - 1]
     run = default_place(before, out)
     done = steps_done(run)

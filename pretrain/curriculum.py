@@ -26,9 +26,10 @@ from training.start import train_once
 def main(config: CurriculumConfig) -> None:
     stages = config.stage_configs()
     if config.data:
-        stages = [replace(stage, data=own_data(stage, config.data)) for stage in stages]
+        stages = [stage if stage.data else replace(stage, data=own_data(stage, config.data)) for stage in stages]
+    checked = [replace(stage, dry_run=True).completed() for stage in stages]  # also those whose turn comes in weeks
     if config.dry_run:
-        print("\n\n".join(stage.completed().plan() for stage in stages))
+        print("\n\n".join(stage.plan() for stage in checked))
         return
     from training.engine import device
 

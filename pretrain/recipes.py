@@ -235,6 +235,9 @@ def recipe(res: int, preset: str = "tiny") -> StageConfig:
 class CurriculumConfig:
     """All stages. A recipe in TOML changes these, and in [common] and [stages.RES] what stages take."""
 
+    OWN: ClassVar = ("out", "dry_run", "gpu", "seeds")
+    """What stages take and the curriculum sets for them."""
+
     preset: Literal["tiny", "mini", "small", "qwen-image"] = "tiny"
     """Size of the model. Default: the one that takes the text states of --data, else tiny."""
     data: tuple[Path, ...] = ()
@@ -262,12 +265,18 @@ class CurriculumConfig:
             raise UserError(f"there is no stage {min(unknown)}; stages are {known}")
         found: list[StageConfig] = []
         for res in sorted(map(int, self.stages)):
-            start = recipe(res, self.preset)
-            start = from_dict(StageConfig, self.common, start, "common")
-            start = from_dict(StageConfig, self.stages[str(res)], start, f"stages.{res}")
+            tables = {"common": self.common, f"stages.{res}": self.stages[str(res)]}
+            said = {name: value for table in tables.values() for name, value in table.items()}
+            start = recipe(res, said.get("preset", self.preset))
+            if any("ema_decay" in table.get("engine", {}) for table in tables.values()):
+                start = replace(start, ema_half_life=None)
+            for where, table in tables.items():
+                if wrong := sorted(set(table) & {"res", *self.OWN}):
+                    raise UserError(f"{where}: {', '.join(wrong)} cannot be a stage's own in a curriculum")
+                start = from_dict(StageConfig, table, start, where)
             place = self.out / default_place(res).name
             init = start.init or (found[-1].out if found else self.init)
-            shared = dict(data=self.data, components=self.components or start.components, gpu=self.gpu)
+            shared = dict(components=self.components or start.components, gpu=self.gpu)
             found.append(replace(start, **shared, init=init, out=place, dry_run=self.dry_run))
         return found
 

@@ -81,6 +81,8 @@ def test_random_weights_above_256_are_a_choice(data: list[Path], tmp_path: Path)
     status, out, err = stage(*common, "--init", "random", "--steps", 1)
     assert status == 0 and "from random weights" in out, err
     assert start_of(640, tmp_path / "pretrain-640", None) == AT_RANDOM  # the run goes on, whatever there is before it
+    with pytest.raises(UserError, match="started from random, not from other; choose another --out"):
+        start_of(640, tmp_path / "pretrain-640", Path("other"))
 
 
 def test_a_plan_waits_for_no_run(tmp_path: Path):
@@ -107,8 +109,36 @@ def test_a_recipe_changes_all_stages_or_one():
     assert last.draws.text == {"none": ((0.0, 1.0),)} and last.loop.save_every == recipe(1328).loop.save_every
     with pytest.raises(UserError, match="there is no stage 512"):
         CurriculumConfig(stages={"512": {}}).stage_configs()
+    own = CurriculumConfig(
+        data=(Path("all"),), common={"preset": "qwen-image", "engine": {"ema_decay": 0.5}},
+        stages={"640": {"data": ["a", "b"]}, "1328": {"preset": "tiny"}},
+    ).stage_configs()  # fmt: skip
+    assert [stage.preset for stage in own] == ["qwen-image", "tiny"] and own[0].data == (Path("a"), Path("b"))
+    assert own[0].batch_size == recipe(640, "qwen-image").batch_size and own[0].with_average().engine.ema_decay == 0.5
+    for table, message in (
+        ({"rope": "text_first"}, "stages.640.rope should be one of msrope, text-first, scaling, is 'text_first'"),
+        ({"engine": {"optimizer": {"schedule": "linear"}}}, "schedule should be one of constant, cosine, wsd"),
+        ({"out": "elsewhere"}, "stages.640: out cannot be a stage's own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CurriculumConfig(stages={"640": table}).stage_configs()
     with pytest.raises(UserError, match="stages.640: unknown name lr"):
         CurriculumConfig(stages={"640": {"lr": 1}}).stage_configs()
+
+
+def test_a_file_chooses_the_recipe_that_it_changes(tmp_path: Path):
+    file = tmp_path / "large.toml"
+    file.write_text('res = 1328\npreset = "qwen-image"\ninit = "random"\n[engine.optimizer]\nclip = 0.5\n')
+    status, out, err = stage("--config", file, "--dry-run", "--gpu", "256xH100")
+    assert status == 0 and "aesthetics 5@0 5.5@1" in out and "20,4" in out, err
+    status, out, err = stage("--config", file, "--preset", "tiny", "--dry-run")  # flags go on top
+    assert status == 0 and "aesthetics" not in out, err
+
+
+def test_stages_that_come_later_are_checked_first(data: list[Path], tmp_path: Path):
+    file = write(tmp_path / "c.toml", tmp_path / "c", data, "shift = 0.0\n")
+    status, out, err = curriculum("--config", file)
+    assert status == 2 and "--shift 0.0: a factor is above 0" in err and not (tmp_path / "c").exists()
 
 
 def test_data_of_each_resolution_are_asked_for_before_the_first_stage(data: list[Path], tmp_path: Path):
