@@ -242,6 +242,11 @@ class MixedData:
         number, index = divmod(int(index), self._source)
         return self.parts[number], index
 
+    def longest(self) -> int:
+        """Index of the sample with the most tokens, where all parts are whole."""
+        number = max(range(len(self.parts)), key=lambda n: int(self.parts[n].tokens.max()))
+        return number * self._source + int(self.parts[number].tokens.argmax())
+
     def key(self, index: int) -> str:
         part, index_there = self.place(index)
         return part.key(index_there) + _suffix(index // self._source)

@@ -103,8 +103,9 @@ class Loader:
             )
         self.dataset, self.batch_size, self.max_tokens = dataset, batch_size, max_tokens
         if not self.grows:
-            self._require_fitting(int(dataset.tokens.argmax()))
-            if batch_tokens is not None and (longest := int(dataset.tokens.max())) * dp_size > batch_tokens:
+            at = dataset.longest() if hasattr(dataset, "longest") else int(dataset.tokens.argmax())
+            self._require_fitting(at)
+            if batch_tokens is not None and (longest := int(dataset.tokens[at])) * dp_size > batch_tokens:
                 raise ValueError(
                     f"a batch of {batch_tokens} tokens may leave some of the {dp_size} data-parallel ranks without a "
                     f"sample, of which one has {longest}: raise --batch-tokens"
@@ -135,7 +136,8 @@ class Loader:
     @property
     def grows(self) -> bool:
         """Whether a step may have to wait for data that are still being made."""
-        return not isinstance(self.dataset.tokens, np.ndarray)
+        parts = getattr(self.dataset, "parts", [self.dataset])
+        return not all(isinstance(part.tokens, np.ndarray) for part in parts)
 
     @property
     def depth(self) -> int:

@@ -1,5 +1,6 @@
 """Each field of a stage does what it says: to what is drawn, to its noise, or to how the model learns of it."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from model.config import PRESETS
 from pretrain.recipes import STAGES, StageConfig, recipe
 from training.cost.step import sample_flops
 from training.cost.weights import Weights
+from model.flow import mode_density
 from training.loop import LoopConfig
 from training.randomness import Randomness
 
@@ -39,14 +41,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     }
 
 
-def seen(folders: dict[int, Path], config: StageConfig) -> dict[str, list]:
-    """What a trainer of `config` would give the model in its steps: each sample's key, record, sigma, text, size."""
+def seen(folders: dict[int, Path], config: StageConfig, stop_at: int | None = None) -> dict[str, list]:
+    """What a trainer of `config` would give the model in its steps: each sample's key, record, sigma, text, size.
+
+    It is another trainer that goes on after `stop_at` steps."""
     from pretrain.stage import Pretraining
 
     engine = SimpleNamespace(rank=1, dp_rank=0, dp_size=1, any_rank=lambda flag: False)
     trainer = Pretraining(replace(config, data=tuple(folders.values())), SimpleNamespace(engine=engine))
     batches, found = trainer.batches(), {"steps": [], "sigma": [], "dropped": []}
-    for _ in range(config.loop.steps):
+    for at in range(config.loop.steps):
+        if at == stop_at:
+            cursor = json.loads(json.dumps(batches.state_dict()))
+            batches.close()
+            batches = Pretraining(trainer.config, trainer.studio).batches()
+            batches.load_state_dict(cursor)
         samples = [s for group in next(batches) for s in group]
         inputs, _ = trainer.prepare(samples, Randomness(0), 16)
         found["steps"].append(samples)
@@ -90,6 +99,21 @@ def test_text_source_domain_and_minimum_choose_what_is_drawn(folders: dict[int, 
     assert [s.key for s in flat(everything)] == [s.key for s in flat(plain)]
 
 
+@pytest.mark.parametrize("batch", [{}, {"batch_tokens": 480}], ids=["samples", "tokens"])
+def test_curves_are_over_the_length_of_the_stage(folders: dict[int, Path], batch: dict):
+    """Words grow from none to all of what is drawn, also where a run is interrupted in the middle."""
+    stage = replace(drawn(text={"none": [[0, 1], [1, 0]], "words": [[0, 0], [1, 1]]}), **batch)
+    steps = seen({64: folders[64]}, stage)["steps"]
+    found, done, words = [s for step in steps for s in step], 0, 0
+    for step in steps:
+        done, words = done + len(step), words + sum("lines" in sample.meta for sample in step)
+        assert words == pytest.approx(done**2 / len(found) / 2, abs=3)
+    again = flat(seen({64: folders[64]}, stage, stop_at=STEPS // 3))
+    assert [s.key for s in again] == [s.key for s in found]
+    other = flat(seen({64: folders[64]}, replace(stage, loop=LoopConfig(STEPS, seed=1))))
+    assert [s.key for s in other] != [s.key for s in found]
+
+
 def test_density_and_shift_move_the_noise(folders: dict[int, Path], plain: dict[str, list]):
     one, normal = {64: folders[64]}, np.array(plain["sigma"])
     logit = lambda sigma: np.log(sigma / (1 - np.array(sigma)))  # noqa: E731
@@ -105,6 +129,10 @@ def test_density_and_shift_move_the_noise(folders: dict[int, Path], plain: dict[
     assert logit(seen(one, config(shift=3.0))["sigma"]) == pytest.approx(bare + np.log(3), abs=1e-3)
     assert np.std(logit(moved["density_std"][0]["sigma"])) == pytest.approx(2 * bare.std(), rel=1e-3)
     assert not np.allclose(moved["density"][0]["sigma"], normal)
+    uniform = np.array(seen(one, config(density="uniform", shift=1.0))["sigma"])
+    mode = np.array(seen(one, config(density="mode", shift=1.0))["sigma"])
+    assert mode == pytest.approx(mode_density(torch.tensor(uniform)).numpy(), abs=1e-6)
+    assert not np.allclose(mode, uniform)
 
 
 def test_condition_dropout(folders: dict[int, Path], plain: dict[str, list]):
@@ -147,6 +175,12 @@ def test_resolutions_get_equal_compute_unless_told_otherwise(folders: dict[int, 
     small, large = (sum(sample_flops(weights, img, 24)[:2]) for img in (16, 64))
     assert mixed.work().samples == round(20 * 2 / (1 + large / small))  # samples of two sizes, as ones of the larger
     assert shares(**{"256": 1, "1328": 3}) == pytest.approx([0.25, 0.75], abs=0.01)
+
+
+def test_a_sample_too_long_is_refused_at_the_start_of_a_mixed_stage(folders: dict[int, Path]):
+    mixed = replace(drawn(resolutions={"256": 1, "1328": 1}), res=1328, max_tokens=80)
+    with pytest.raises(ValueError, match="tokens, a microbatch at most 80"):
+        seen(folders, mixed)
 
 
 def test_a_resolution_without_data_is_named(folders: dict[int, Path]):
