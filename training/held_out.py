@@ -167,6 +167,7 @@ class HeldOutHook:
         mine = [(i, d) for i in samples for d in range(DRAWS)]
         costs = [int(self.held.tokens[i]) for i, _ in mine]
         found = torch.zeros(1 + len(self.names), len(self.held), DRAWS, dtype=torch.float64, device=engine.device)
+        engine.frozen["ema"]  # gathered from all ranks, of which some may have nothing to measure
         for group in microbatches(costs, self.max_tokens) if mine else []:
             places = [mine[j] for j in sorted(group, key=costs.__getitem__)]
             sigma, measured = self.measure(engine, [replace(samples[i], epoch=d) for i, d in places])

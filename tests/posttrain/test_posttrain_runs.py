@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small_run import run_entry
 from torch.distributed.checkpoint import FileSystemReader, load
 from worlds import run_world, start
@@ -146,8 +147,11 @@ def test_sft_learns_and_stays_with_what_it_started_from(init, data, tmp_path):
 
 def test_the_held_out_loss_is_that_of_any_number_of_processes(init, data, tmp_path):
     settings = {"init": init, "data": (data,), "batch_size": 4, "held_out": 2, "validate_every": 15, "validation": None}
-    for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
-        run_world(world, entry, "sft", 30, 30, settings | {"out": out}, deadline_s=DEADLINE_S)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo cats\n")
+    for world, out, more in ((1, tmp_path / "one", {}), (2, tmp_path / "two", {"sample_prompts": prompts})):
+        more = more | {"out": out, "sample_every": 30, "seed": world}
+        run_world(world, entry, "sft", 30, 30, settings | more, deadline_s=DEADLINE_S)
     one, two = (
         [json.loads(r) for r in (tmp_path / name / "held_out.jsonl").read_text().splitlines()]
         for name in ("one", "two")
@@ -157,9 +161,17 @@ def test_the_held_out_loss_is_that_of_any_number_of_processes(init, data, tmp_pa
         assert mine == pytest.approx(theirs, rel=1e-4) and len(mine) > 3, "the loss, and that of several bands"
     gain = json.loads((tmp_path / "one" / "gains.json").read_text())["loss"]
     assert gain["n"] == 2 and gain["value"] == pytest.approx(one[2]["loss"] - one[0]["loss"])
+    widths = [Image.open(tmp_path / name / "samples" / "step_00000030.png").width for name in ("one", "two")]
+    assert widths[1] == widths[0] + 2 * 32  # its own prompts beside the trainer's
     assert "held-out loss" in (tmp_path / "one" / "index.html").read_text()
     with pytest.raises(AssertionError, match="--held-out: 6 of 6 samples"):
         run_world(1, entry, "sft", 30, 30, settings | {"out": tmp_path / "all", "held_out": 6}, deadline_s=DEADLINE_S)
+
+
+def test_ranks_without_a_held_out_sample_wait_for_no_other(init, data, tmp_path):
+    settings = {"init": init, "data": (data,), "batch_size": 4, "held_out": 1, "validate_every": 2, "validation": None}
+    run_world(2, entry, "sft", 2, 2, settings | {"out": tmp_path}, deadline_s=DEADLINE_S)
+    assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 2
 
 
 def test_training_on_data_that_are_still_being_made_is_training_on_the_whole(init, components, tmp_path, make_pictures):
