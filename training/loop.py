@@ -156,7 +156,8 @@ def train(
 def speed_of(
     batches: "Batches", metrics: dict[str, float], waited: float, seconds: float, peak_flops: float | None = None
 ) -> dict[str, float]:
-    """Samples, tokens and FLOPs a second, and with the `peak_flops` a second of all devices the share of it ("mfu").
+    """Samples, tokens and FLOPs a second, and with the `peak_flops` a second of all devices the share of it ("mfu"),
+    where FLOPs were counted.
 
     Of a `data_pipeline.loader.Loader` also the share of a step's time that went with waiting for data, how many steps
     are ready ("queue_depth"), how many broken samples were passed over, and this process's samples a second of each
@@ -164,7 +165,7 @@ def speed_of(
     """
     speed = {f"{name}_per_second": metrics[name] / seconds for name in ("samples", "tokens", "flops")}
     speed["seconds"] = seconds
-    if peak_flops is not None:
+    if peak_flops is not None and metrics["flops"]:
         speed["mfu"] = speed["flops_per_second"] / peak_flops
     if not hasattr(batches, "depth"):
         return speed

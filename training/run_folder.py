@@ -49,10 +49,25 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.toml"
             before = read_toml(file) if file.exists() and any(self.checkpoints.iterdir()) else None
+            if before is not None:
+                self._require_state_for(before, config)
             write_toml(config, file)
             if before is not None:
                 for line in changes(before, read_toml(file)):
                     print(f"{self.path} goes on with other settings: {line}", flush=True)
+
+    def _require_state_for(self, before: dict[str, Any], config: Any) -> None:
+        """ValueError if a run's optimizer has no state for what `config` would train it with."""
+        had, wants = before.get("engine", {}).get("optimizer", {}), getattr(config, "engine", None)
+        if wants is None or not had:
+            return
+        wants = wants.optimizer
+        if (wants.muon_lr is None, wants.width_base) != ("muon_lr" not in had, had.get("width_base")):
+            given = ", ".join(f"{n} {had[n]}" for n in ("muon_lr", "width_base") if n in had) or "AdamW alone"
+            raise ValueError(
+                f"{self.path} was begun with {given}, and its optimizer has no state for another choice: keep to it, or "
+                f"start a new run from this one's weights (--init {self.path} --out ELSEWHERE)"
+            )
 
     def open(self, step: int) -> None:
         """Begin to log after `step`: rows of later steps, from a run that died since, are cut off."""
@@ -108,10 +123,10 @@ class RunFolder:
 
     def tidy(self, keep: int, keep_every: int, best: str) -> None:
         """Point to the best checkpoint and delete those that are not kept (see `loop.LoopConfig`)."""
-        found = self._best(*best.split("/", 1)) if best else None
+        found, place = self._best(*best.split("/", 1)) if best else None, self.path / BEST
         if found is not None:
-            link(self.path / BEST, found.relative_to(self.path))
-        prune(self.checkpoints, keep, keep_every, found)
+            link(place, found.relative_to(self.path))
+        prune(self.checkpoints, keep, keep_every, self.path / place.readlink() if place.is_symlink() else None)
 
     def _best(self, measured: str, name: str) -> Path | None:
         """The checkpoint whose step was measured best: the lowest loss, the highest of all else."""

@@ -137,26 +137,28 @@ def test_equal_gradients_make_equal_updates_of_adapters():
         assert len(mine) > 10 and distance(mine, expected) <= 1e-5
 
 
-def go_on(rank: int, folder: Path, layouts: dict, steps: int) -> list[float]:
+def go_on(rank: int, folder: Path, layouts: dict, steps: int, muon_lr: float | None) -> list[float]:
     """Losses of some steps in each of the layouts, with a checkpoint between any two."""
     losses = []
     for layout in layouts.values():
-        engine = make_engine(layout, 0.02)
+        engine = make_engine(layout, muon_lr)
         engine.resume(folder)
         losses += [step(engine) for _ in range(steps)]
         engine.save_step(folder, {}, keep=1)
     return losses
 
 
-def require_the_ring(folder: Path, *worlds: tuple[int, dict]) -> None:
-    losses = [loss for size, layouts in worlds for loss in run_world(size, go_on, folder / "ring", layouts, 2)[0]]
-    assert losses == pytest.approx(run_world(1, go_on, folder / "one", ONE, len(losses))[0], rel=1e-5)
+def require_the_ring(folder: Path, muon_lr: float | None, *worlds: tuple[int, dict]) -> None:
+    around = [run_world(size, go_on, folder / "ring", layouts, 2, muon_lr)[0] for size, layouts in worlds]
+    losses = [loss for some in around for loss in some]
+    assert losses == pytest.approx(run_world(1, go_on, folder / "one", ONE, len(losses), muon_lr)[0], rel=1e-5)
 
 
 def test_a_checkpoint_goes_round(tmp_path: Path):
-    require_the_ring(tmp_path, (2, OF_2), (1, ONE))
+    require_the_ring(tmp_path, 0.02, (2, OF_2), (1, ONE))
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_round_more_layouts(tmp_path: Path):
-    require_the_ring(tmp_path, (1, ONE), (2, MORE_OF_2 | OF_2), (4, OF_4), (1, ONE))
+@pytest.mark.parametrize("muon_lr", [None, 0.02], ids=["adamw", "muon"])
+def test_a_checkpoint_goes_round_more_layouts(tmp_path: Path, muon_lr: float | None):
+    require_the_ring(tmp_path, muon_lr, (1, ONE), (2, MORE_OF_2 | OF_2), (4, OF_4), (1, ONE))

@@ -48,3 +48,17 @@ def test_rows_can_be_read_while_a_run_goes_on(tmp_path: Path):
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert [row["images"] for row in read_rows(tmp_path / "speed.jsonl")] == [4.0, 8.0, 12.0]
     run.close()
+    again = RunFolder(tmp_path, Settings())  # it died after step 2 was saved
+    again.open(2)
+    again.log(3, {"samples": 4.0}, {"seconds": 0.5})
+    assert read_rows(tmp_path / "speed.jsonl")[-1]["images"] == 12.0
+    again.close()
+
+
+def test_another_optimizer_has_no_state(tmp_path: Path):
+    run = RunFolder(tmp_path, Settings())
+    (run.checkpoints / "step_00000001").mkdir()
+    for changed in (OptimizerConfig(muon_lr=0.1), OptimizerConfig(width_base=64)):
+        with pytest.raises(ValueError, match="begun with AdamW alone, and its optimizer has no state"):
+            RunFolder(tmp_path, Settings(engine=EngineConfig(optimizer=changed)))
+    RunFolder(tmp_path, Settings())  # what it was begun with is still what is noted

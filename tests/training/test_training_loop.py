@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from worlds import run_world, start
 
 from model.packing import ModelInputs
 from training.engine.checkpoint import list_checkpoints, read_weights
+from training.engine.device import peak_memory
 from training.flow_matching import VelocityMSE
-from training.loop import LoopConfig
+from training.loop import LoopConfig, speed_of
 from training.run_folder import read_metrics
 
 
@@ -184,3 +186,21 @@ def test_rows_of_another_run_are_refused(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("".join(rows[1:]))
     with pytest.raises(AssertionError, match="does not hold one row for each of 4 steps"):
         run_world(1, run_loop, tmp_path, CONFIGURATION)
+
+
+def test_speed_is_counted_work_over_seconds():
+    metrics = {"samples": 8.0, "tokens": 100.0, "flops": 6e9}
+    batches = SimpleNamespace(depth=2, passed_over=1, buckets={"8x8": 3})
+    speed = speed_of(batches, metrics, waited=0.5, seconds=2.0, peak_flops=1e10)
+    rates = {"samples_per_second": 4.0, "tokens_per_second": 50.0, "flops_per_second": 3e9, "mfu": 0.3}
+    others = {"seconds": 2.0, "data_wait": 0.25, "queue_depth": 2, "passed_over": 1, "samples_per_second/8x8": 1.5}
+    assert speed == pytest.approx(rates | others)
+    assert "mfu" not in speed_of(batches, metrics | {"flops": 0.0}, 0.5, 2.0, 1e10)  # not counted, as of a VAE
+    assert "data_wait" not in speed_of(object(), metrics, 0.5, 2.0)
+
+
+def test_memory_is_what_the_process_has():
+    before = peak_memory(torch.device("cpu"))
+    kept = torch.ones(1 << 26)
+    taken = peak_memory(torch.device("cpu")) - before
+    assert taken == pytest.approx(4 * kept.numel(), rel=0.1)

@@ -178,6 +178,14 @@ def test_bad_input_is_one_line(data, tmp_path, flags, message):
     assert not (tmp_path / "out" / "vae").exists()
 
 
+def test_a_plan_says_what_is_trained_and_writes_nothing(data, tmp_path):
+    argv = [sys.executable, str(ROOT / "vae/train.py"), "--preset", "qwen-image", "--data", str(data)]
+    argv += ["--out", str(tmp_path / "out"), "--dry-run"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.stdout.startswith("encoder and decoder of a VAE (qwen-image, at random) on "), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def source(length: int, epoch: int = 0) -> Source:
     picture = torch.randint(0, 256, (1, 3, 96, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return Source("key", picture, length, epoch)
