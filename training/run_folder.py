@@ -65,7 +65,7 @@ class RunFolder:
         if (wants.muon_lr is None, wants.width_base) != ("muon_lr" not in had, had.get("width_base")):
             given = ", ".join(f"{n} {had[n]}" for n in ("muon_lr", "width_base") if n in had) or "AdamW alone"
             raise ValueError(
-                f"{self.path} was begun with {given}, and its optimizer has no state for another choice: keep to it, or "
+                f"{self.path} was begun with {given}, and its optimizer has no state for another: keep to it, or "
                 f"start a new run from this one's weights (--init {self.path} --out ELSEWHERE)"
             )
 

@@ -12,10 +12,10 @@ import torch
 
 from command_line import UserError
 from model.config import PRESETS
+from model.flow import mode_density
 from pretrain.recipes import STAGES, StageConfig, recipe
 from training.cost.step import sample_flops
 from training.cost.weights import Weights
-from model.flow import mode_density
 from training.loop import LoopConfig
 from training.randomness import Randomness
 

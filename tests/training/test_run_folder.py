@@ -59,6 +59,6 @@ def test_another_optimizer_has_no_state(tmp_path: Path):
     run = RunFolder(tmp_path, Settings())
     (run.checkpoints / "step_00000001").mkdir()
     for changed in (OptimizerConfig(muon_lr=0.1), OptimizerConfig(width_base=64)):
-        with pytest.raises(ValueError, match="begun with AdamW alone, and its optimizer has no state"):
+        with pytest.raises(ValueError, match="begun with AdamW alone, and its optimizer has no state for another"):
             RunFolder(tmp_path, Settings(engine=EngineConfig(optimizer=changed)))
     RunFolder(tmp_path, Settings())  # what it was begun with is still what is noted
