@@ -40,6 +40,8 @@ class Crops:
     """[B, 3, T, S, S], a tensor for each T."""
     noise: tuple[Tensor, ...]
     """[B, 16, F, S/8, S/8]"""
+    flops: int = 0
+    """Of one forward and backward pass; 0 if nobody counted them."""
 
 
 def draw_crop(source: Source, rng: Randomness, side: int, least_area: int) -> Tensor:

@@ -29,6 +29,8 @@ class Reconstruction:
     sample_posterior: bool = True
     """Decode a sample of the posterior (while the encoder learns) or its mode."""
     perceptual: nn.Module = field(default_factory=GradientPyramid)
+    flops: Callable[[int], int] = lambda frames: 0
+    """Of a crop of so many frames, forward and backward, for the log."""
 
     frozen = MappingProxyType({})
 
@@ -45,7 +47,8 @@ class Reconstruction:
                 if self.sample_posterior
                 else torch.zeros(shape)
             )
-        return Crops(*(tuple(torch.stack(g[t]) for t in sorted(g)) for g in (groups, noise))), None
+        pixels, start = (tuple(torch.stack(g[t]) for t in sorted(g)) for g in (groups, noise))
+        return Crops(pixels, start, sum(len(crops) * self.flops(t) for t, crops in groups.items())), None
 
     def loss(self, model: Callable[[Crops], list[tuple[Tensor, ...]]], frozen: Any, inputs: Crops, aux: None):
         sums: dict[str, Tensor] = {}

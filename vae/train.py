@@ -14,6 +14,7 @@ Run the same command again to go on. The defaults shown are those of the recipe 
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -117,7 +118,7 @@ def recipe(name: str, preset: str | None = None) -> Config:
 def main(config: Config) -> None:
     config = checked(config)
     if config.dry_run:
-        print(plan(config))
+        print(f"{plan(config)}\n{costs(config)}")
         return
     if not config.data:
         from training.demo_data import demo_pictures
@@ -128,11 +129,13 @@ def main(config: Config) -> None:
     from training.engine.step import Engine
     from training.loop import train
     from training.randomness import Randomness
+    from vae.cost import counted
     from vae.objective import Reconstruction
     from vae.perceptual import perceptual
 
     dataset = Sources(config.data, config.videos, config.frames, config.clip_share)
     start = starting_point(config)
+    build = partial(trainable(config.recipe), start.config, None)
     engine = Engine(start.config, config.engine, config.loop.steps, build=trainable(config.recipe))
     try:
         run_folder = RunFolder(config.out, config, writes=engine.rank == 0)
@@ -151,6 +154,7 @@ def main(config: Config) -> None:
             config.kl_weight,
             sample_posterior=config.recipe == "base",
             perceptual=perceptual(config.perceptual).to(engine.device),
+            flops=counted(build, config.crop),
         )
         shown, _ = objective.prepare([dataset[i] for i in range(min(8, dataset.pictures))], Randomness(0), 1)
         hook = ReconstructionHook(config.sample_every, run_folder, shown)
@@ -191,6 +195,16 @@ def plan(config: Config) -> str:
         f"{what} of a VAE ({origin}) on {config.crop} px crops of {', '.join(map(str, config.data)) or 'the demo'}, "
         f"{config.loop.steps} steps of {config.batch_size} -> {config.out}"
     )
+
+
+def costs(config: Config) -> str:
+    """Parameters, FLOPs and bytes, in lines, of one process."""
+    from vae.cost import described
+
+    vae_config = PRESETS[config.preset] if config.init is None else starting_point(config).config
+    clips = config.clip_share if config.frames > 1 else 0.0
+    mix = {1: 1 - clips} | ({config.frames: clips} if clips else {})
+    return described(partial(trainable(config.recipe), vae_config, None), config.crop, mix, config.batch_size, world=1)
 
 
 class Sources:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from data_pipeline.sample import RawSample
 from data_pipeline.shards import shard_name, write_raw
 from training.randomness import Randomness
 from vae.autoencoder import PRESETS, VAE
-from vae.crops import Source, draw_crop
+from vae.cost import crop_flops
+from vae.crops import Crops, Source, draw_crop
 from vae.losses import balanced, kl
+from vae.train import trainable
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--size", "32", "--crop", "16", "--batch-size", "4", "--statistics-samples", "4", "--warmup-steps", "1"]
@@ -68,6 +71,8 @@ def test_base_writes_a_vae_whose_latents_are_unit_sized(base):
     AutoencoderKLWan.from_pretrained(base / "vae")
     rows = [json.loads(r) for r in (base / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["samples"] == 4.0
+    one, five = (sum(crop_flops(partial(trainable("base"), PRESETS["tiny"], None), 16, n)) for n in (1, 5))
+    assert all(4 * one <= row["flops"] <= 4 * five for row in rows) and len({row["flops"] for row in rows}) > 1
 
 
 def test_a_killed_run_goes_on_bit_for_bit(base, data, tmp_path):
@@ -183,7 +188,28 @@ def test_a_plan_says_what_is_trained_and_writes_nothing(data, tmp_path):
     argv += ["--out", str(tmp_path / "out"), "--dry-run"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.stdout.startswith("encoder and decoder of a VAE (qwen-image, at random) on "), done.stderr
+    assert "trained   126,892,531 of 126,892,531 parameters" in done.stdout and "+ 0.95 optimizer" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_flops_are_those_of_convolutions_and_attention():
+    """Of the picture decoder alone, against a count by hand of a VAE of one convolution; a frozen encoder costs less."""
+
+    class Convolution(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(5, 3, 3, 3))
+
+        def forward(self, crops: Crops):
+            y = torch.nn.functional.conv2d(crops.pixels[0][:, :, 0], self.weight, padding=1)
+            return [(y, y, y)]
+
+    products = 2 * 16 * 16 * 5 * 3 * 9
+    assert crop_flops(Convolution, 16, 1) == (products, products)  # pixels need no gradient
+    base, decoder = (
+        crop_flops(partial(trainable(name), PRESETS["tiny"], None), 32, 1) for name in ("base", "image-decoder")
+    )
+    assert base[0] == decoder[0] and 1.9 < base[1] / base[0] < 2 and 1 < decoder[1] / decoder[0] < 1.5
 
 
 def source(length: int, epoch: int = 0) -> Source:

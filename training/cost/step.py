@@ -143,10 +143,10 @@ def sample_flops(w: Weights, img: int, txt: int) -> tuple[int, int, int]:
 def policy_work(w: Weights | None, inputs: Any) -> tuple[int, int]:
     """Tokens of a pack of samples, its tails apart, and FLOPs of one forward and backward pass of it.
 
-    0 for a model that is no MMDiT.
+    Of a model that is no MMDiT, what its inputs say: 0 and `flops`, if they have any.
     """
     if w is None:
-        return 0, 0
+        return 0, getattr(inputs, "flops", 0)
     sizes = [(s.joint - s.txt, s.txt) for s in inputs.pack.shapes]
     return sum(map(sum, sizes)), sum(sum(sample_flops(w, *size)[:2]) for size in sizes)
 
