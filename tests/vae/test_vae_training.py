@@ -193,7 +193,7 @@ def test_a_plan_says_what_is_trained_and_writes_nothing(data, tmp_path):
 
 
 def test_flops_are_those_of_convolutions_and_attention():
-    """Of the picture decoder alone, against a count by hand of a VAE of one convolution; a frozen encoder costs less."""
+    """A VAE of one convolution against a count by hand; a frozen encoder costs less."""
 
     class Convolution(torch.nn.Module):
         def __init__(self):
