@@ -74,7 +74,7 @@ HIGH = replace(BEST, name="96 px alone", res=640)
 OPTIMIZERS = (
     BEST,
     *(Arm(f"muon {rate:g}", muon_lr=rate) for rate in (0.05, 0.2)),
-    *(Arm(f"adamw {rate:g}", muon_lr=None, lr=rate) for rate in (2e-3, 1e-3, 4e-3)),
+    *(Arm(f"adamw {rate:g}", muon_lr=None, lr=rate) for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
 )
 QUESTIONS: dict[str, tuple[Arm, ...]] = {
     "pictures": (
