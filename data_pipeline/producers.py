@@ -91,7 +91,7 @@ class Producers:
         try:
             import ray
         except ModuleNotFoundError:
-            raise UserError("--producers ray:N needs Ray: pip install 'open-qwen-image[ray]'") from None
+            raise UserError("--producers ray:N needs Ray: pip install -e '.[ray]' -c constraints.txt") from None
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
         there = int(ray.cluster_resources().get("GPU", 0))

@@ -264,4 +264,4 @@ def _library(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError:
-        raise ValueError(f"--quantize needs {name}: pip install 'open-qwen-image[quant]' -c constraints.txt") from None
+        raise ValueError(f"--quantize needs {name}: pip install -e '.[quant]' -c constraints.txt") from None
