@@ -122,6 +122,7 @@ def last_loss(config: Config, method: str, width: int, rate: float) -> float | N
     for _ in range(config.steps):
         losses.append(engine.step(VelocityMSE(), next(batches), Randomness(config.seed))["loss"])
     batches.close()
+    engine.close()
     last = losses[-max(1, config.steps // LAST) :]
     mean = sum(last) / len(last)
     return mean if math.isfinite(mean) else None

@@ -232,7 +232,7 @@ def test_resolutions_get_their_shares_of_compute(tmp_path: Path):
         return found
 
     order = ByClass(classes, 3, 2000, (((0.0, 1.0),),) * 2, cost)
-    with pytest.raises(ValueError, match="samples make a batch of 60 tokens: raise --batch-tokens"):
+    with pytest.raises(ValueError, match="without a sample, of which one has 71: raise --batch-tokens"):
         next(Loader(mixed, 20, 0, 8, order=order, max_tokens=10**4, batch_tokens=60))
 
     even = drawn((((0.0, 1.0),),) * 2).sum(0)

@@ -150,7 +150,7 @@ def test_the_held_out_loss_is_that_of_any_number_of_processes(init, data, tmp_pa
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo cats\n")
     for world, out, more in ((1, tmp_path / "one", {}), (2, tmp_path / "two", {"sample_prompts": prompts})):
-        more = more | {"out": out, "sample_every": 30, "seed": world}
+        more = more | {"out": out, "sample_every": 30}
         run_world(world, entry, "sft", 30, 30, settings | more, deadline_s=DEADLINE_S)
     one, two = (
         [json.loads(r) for r in (tmp_path / name / "held_out.jsonl").read_text().splitlines()]
@@ -162,7 +162,7 @@ def test_the_held_out_loss_is_that_of_any_number_of_processes(init, data, tmp_pa
     gain = json.loads((tmp_path / "one" / "gains.json").read_text())["loss"]
     assert gain["n"] == 2 and gain["value"] == pytest.approx(one[2]["loss"] - one[0]["loss"])
     widths = [Image.open(tmp_path / name / "samples" / "step_00000030.png").width for name in ("one", "two")]
-    assert widths[1] == widths[0] + 2 * 32  # its own prompts beside the trainer's
+    assert widths[1] == widths[0] + 2 * (32 + 2)  # its own prompts beside the trainer's
     assert "held-out loss" in (tmp_path / "one" / "index.html").read_text()
     with pytest.raises(AssertionError, match="--held-out: 6 of 6 samples"):
         run_world(1, entry, "sft", 30, 30, settings | {"out": tmp_path / "all", "held_out": 6}, deadline_s=DEADLINE_S)
