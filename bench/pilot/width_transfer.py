@@ -136,7 +136,7 @@ def draw(config: Config, losses: dict[tuple[str, int, float], float]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(METHODS), figsize=(4 * len(METHODS), 3.2), sharey=True)
-    least = min(losses.values())
+    best_of = [min(losses[m, w, rate] for rate in rates(config, m)) for m in METHODS for w in config.widths]
     for axis, method in zip(axes, METHODS, strict=True):
         for width in config.widths:
             tried = rates(config, method)
@@ -144,7 +144,9 @@ def draw(config: Config, losses: dict[tuple[str, int, float], float]) -> None:
             (line,) = axis.plot(tried, values, marker=".", label=f"width {width}")
             best = min(range(len(tried)), key=values.__getitem__)
             axis.plot(tried[best], values[best], marker="*", ms=12, color=line.get_color())
-        axis.set(xscale="log", title=method, xlabel="learning rate", ylim=(0.97 * least, 1.5 * least))
+        axis.set(xscale="log", title=method, xlabel="learning rate", ylim=(0.95 * min(best_of), 1.15 * max(best_of)))
+        axis.set_xticks(rates(config, method), [f"{rate:g}" for rate in rates(config, method)])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss")
     axes[0].legend()
