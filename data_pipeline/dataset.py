@@ -231,7 +231,9 @@ class MixedData:
         for part in parts[1:]:
             alike = replace(part.fingerprint, resolution=parts[0].fingerprint.resolution)
             parts[0].fingerprint.require(alike, "a part of the mixture")
-        self.parts, self._source = parts, source
+        self.parts = parts
+        self.source = source
+        """Numbers from a part's first sample to the next part's."""
         self.fingerprint, self.txt_empty = parts[0].fingerprint, parts[0].txt_empty
         self.identity = content_hash([part.identity for part in parts])
         self.problems = [problem for part in parts for problem in part.problems]
@@ -239,17 +241,12 @@ class MixedData:
 
     def place(self, index: int) -> tuple[Any, int]:
         """The data set of a sample, and its index there."""
-        number, index = divmod(int(index), self._source)
+        number, index = divmod(int(index), self.source)
         return self.parts[number], index
-
-    def longest(self) -> int:
-        """Index of the sample with the most tokens, where all parts are whole."""
-        number = max(range(len(self.parts)), key=lambda n: int(self.parts[n].tokens.max()))
-        return number * self._source + int(self.parts[number].tokens.argmax())
 
     def key(self, index: int) -> str:
         part, index_there = self.place(index)
-        return part.key(index_there) + _suffix(index // self._source)
+        return part.key(index_there) + _suffix(index // self.source)
 
     def rows(self, shard: int, stop: threading.Event | None = None) -> np.ndarray:
         """Indices of the samples of a shard of the first part."""
@@ -258,7 +255,7 @@ class MixedData:
     def __getitem__(self, index: int) -> EncodedSample:
         part, index_there = self.place(index)
         sample = part[index_there]
-        return replace(sample, key=sample.key + _suffix(index // self._source))
+        return replace(sample, key=sample.key + _suffix(index // self.source))
 
 
 class _MixedTokens:
@@ -270,3 +267,9 @@ class _MixedTokens:
     def __getitem__(self, index: int) -> int:
         part, index_there = self._mixed.place(index)
         return int(part.tokens[index_there])
+
+    def argmax(self) -> int:
+        """Index of the longest sample, where all parts are whole."""
+        tokens = [part.tokens for part in self._mixed.parts]
+        number = max(range(len(tokens)), key=lambda n: int(tokens[n].max()))
+        return number * self._mixed.source + int(tokens[number].argmax())

@@ -103,7 +103,7 @@ class Loader:
             )
         self.dataset, self.batch_size, self.max_tokens = dataset, batch_size, max_tokens
         if not self.grows:
-            at = dataset.longest() if hasattr(dataset, "longest") else int(dataset.tokens.argmax())
+            at = int(dataset.tokens.argmax())
             self._require_fitting(at)
             if batch_tokens is not None and (longest := int(dataset.tokens[at])) * dp_size > batch_tokens:
                 raise ValueError(

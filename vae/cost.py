@@ -1,7 +1,7 @@
 """What training a VAE costs: FLOPs that torch counts on tensors without data, and what a process holds of it."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ def crop_flops(build: Callable[[], nn.Module], side: int, frames: int) -> tuple[
     return forward, counter.get_total_flops() - forward
 
 
-def described(build: Callable[[], nn.Module], side: int, mix: dict[int, float], batch: int, world: int) -> str:
-    """Parameters, FLOPs of a step and bytes of a process, in lines; `mix` has the share of crops of each length."""
+def described(build: Callable[[], nn.Module], side: int, mix: dict[int, float], batch: int) -> str:
+    """Parameters, FLOPs of a step and bytes of one process alone, in lines; `mix`: {frames: share of crops}."""
     with torch.device("meta"):
         vae = build()
     trained = sum(p.numel() for p in vae.parameters() if p.requires_grad)
@@ -37,21 +37,10 @@ def described(build: Callable[[], nn.Module], side: int, mix: dict[int, float], 
         sum(share * crop_flops(build, side, frames)[way] for frames, share in mix.items()) * batch for way in (0, 1)
     )
     share = 100 * forward / (forward + backward)
-    parts = {
-        "weights": every, "gradients": trained, "optimizer": 2 * trained / world, "moving average": trained / world,
-    }  # fmt: skip
+    parts = {"weights": every, "gradients": trained, "optimizer": 2 * trained, "moving average": trained}
     held = " + ".join(f"{FP32 * count / GIB:.2g} {name}" for name, count in parts.items())
     return (
         f"trained   {trained:,} of {every:,} parameters\n"
         f"FLOPs     {forward + backward:.3g} a step: {share:.1f} % forward + {100 - share:.1f} % backward\n"
         f"memory    {FP32 * sum(parts.values()) / GIB:.2g} GiB a process: {held}; activations are not counted"
     )
-
-
-def counted(build: Callable[[], nn.Module], side: int) -> Callable[[int], int]:
-    """FLOPs, forward and backward, of a crop of so many frames."""
-    return partial(_both, build, side)
-
-
-def _both(build: Callable[[], nn.Module], side: int, frames: int) -> int:
-    return sum(crop_flops(build, side, frames))

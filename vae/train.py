@@ -129,7 +129,7 @@ def main(config: Config) -> None:
     from training.engine.step import Engine
     from training.loop import train
     from training.randomness import Randomness
-    from vae.cost import counted
+    from vae.cost import crop_flops
     from vae.objective import Reconstruction
     from vae.perceptual import perceptual
 
@@ -154,7 +154,7 @@ def main(config: Config) -> None:
             config.kl_weight,
             sample_posterior=config.recipe == "base",
             perceptual=perceptual(config.perceptual).to(engine.device),
-            flops=counted(build, config.crop),
+            flops=lambda frames: sum(crop_flops(build, config.crop, frames)),
         )
         shown, _ = objective.prepare([dataset[i] for i in range(min(8, dataset.pictures))], Randomness(0), 1)
         hook = ReconstructionHook(config.sample_every, run_folder, shown)
@@ -204,7 +204,7 @@ def costs(config: Config) -> str:
     vae_config = PRESETS[config.preset] if config.init is None else starting_point(config).config
     clips = config.clip_share if config.frames > 1 else 0.0
     mix = {1: 1 - clips} | ({config.frames: clips} if clips else {})
-    return described(partial(trainable(config.recipe), vae_config, None), config.crop, mix, config.batch_size, world=1)
+    return described(partial(trainable(config.recipe), vae_config, None), config.crop, mix, config.batch_size)
 
 
 class Sources:
