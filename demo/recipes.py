@@ -88,8 +88,8 @@ RECIPES = {
         image_decoder_steps=0,
         batch_size=128,
         processes=2,
-        steps_256=1150,
-        steps_640=540,
+        steps_256=750,
+        steps_640=850,
         flags_256=("--lr", "8e-3", "--muon-lr", ".1", "--warmup-steps", "50", "--ema-decay", ".997", *NOISY),
         flags_640=("--lr", "4e-3", "--muon-lr", ".05", "--ema-decay", ".995", *NOISY),
         steps_own=(500, 250),
@@ -189,6 +189,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
         make_components = [stage("components", "the shipped tokenizer, text encoder and VAE", *shipped)]
     sft_data = ["--data", encoded[640], "--init", out / "pretrain-640", "--batch-size", recipe.batch_size]
     sft_data += ["--held-out", 128] if recipe.test_prompts and data is None else []
+    sft_data += ["--dtype", fast_dtype()] if recipe.components is not None else []
     return [
         source,
         page("data"),
