@@ -188,8 +188,8 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
         shipped = ["demo/components.py", "--copy", recipe.components, "--out", components]
         make_components = [stage("components", "the shipped tokenizer, text encoder and VAE", *shipped)]
     sft_data = ["--data", encoded[640], "--init", out / "pretrain-640", "--batch-size", recipe.batch_size]
-    sft_data += ["--held-out", 128] if recipe.test_prompts and data is None else []
-    sft_data += ["--dtype", fast_dtype()] if recipe.components is not None else []
+    # Pretraining has seen every sample, so none is left to hold out.
+    sft_data += ["--held-out", 0, "--dtype", fast_dtype()] if recipe.components is not None else []
     return [
         source,
         page("data"),
