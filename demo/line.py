@@ -121,7 +121,8 @@ def fingerprint(stage: Stage, before: str) -> str:
 
 
 def run_line(line: list[Stage], out: Path) -> None:
-    """Run every stage that is not finished yet. Raises UserError naming the stage that failed."""
+    """Run every stage that is not finished yet. Raises UserError that names the stage which failed, or was run
+    otherwise."""
     markers = out / "finished"
     markers.mkdir(parents=True, exist_ok=True)
     before, begin = "", time.monotonic()
@@ -129,7 +130,9 @@ def run_line(line: list[Stage], out: Path) -> None:
         mark, marker = fingerprint(stage, before), markers / f"{stage.name}.json"
         before = mark
         title = f"[{number}/{len(line)}] {stage.name}: {stage.purpose}"
-        if marker.exists() and json.loads(marker.read_text())["fingerprint"] == mark:
+        if marker.exists():
+            if json.loads(marker.read_text())["fingerprint"] != mark:
+                raise UserError(f"{out} holds {stage.name} of another recipe: delete the folder, or give another --out")
             print(f"{title} (finished before)", flush=True)
             continue
         print(f"\n{title}\n    {stage}", flush=True)

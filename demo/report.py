@@ -6,20 +6,22 @@ It shows what is there, so it can be made at any moment of a line. Prompts and s
 import hashlib
 import json
 import random
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 try:
     from command_line import UserError, run
     from training.curves import plot, png_address, read_rows
+    from training.start import RunConfig
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
 MODELS = ["pretrain-256", "pretrain-640", "sft", "dpo", "grpo"]
 TRAINED = ["vae", "image-decoder", *MODELS]
 PURPOSES = {
-    "pretrain-256": "Small pictures are cheap: here the model learns what words mean and where things go. Most of the "
-    "line's time is spent on it.",
+    "pretrain-256": "From random weights, on small pictures, which are cheap. Here the model learns what words mean "
+    "and where things go.",
     "pretrain-640": "Larger pictures, from the weights before. What is new is how much a token shows, and detail.",
     "sft": "The same loss on chosen data. It moves the model towards the pictures that one wants.",
     "dpo": "Pairs of its own pictures, of which a reward prefers one. The better becomes likelier, against the worse.",
@@ -156,7 +158,8 @@ def stage_table(line: Path) -> list[tuple[str, str, str, str]]:
         shown = ", ".join(f"{k} {last[k]:.4g}" for k in ("loss", "reward") if k in last)
         judged = [
             f"{v['strict']:.2f} [{v['strict_low']:.2f}, {v['strict_high']:.2f}] over {v['strict_floor']:.2f}; "
-            f"GenEval's rule {v['official']:.2f} over {v['official_floor']:.2f}; reward {v['reward']:.2f}"
+            f"GenEval's rule {v['official']:.2f} over {v['official_floor']:.2f}; reward {v['reward']:.2f}; "
+            f"guidance {guidance(line / marker.stem):g}"
             for v in read_rows(line / marker.stem / "validation.jsonl")[-1:]
             if "strict" in v
         ]
@@ -165,11 +168,16 @@ def stage_table(line: Path) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def guidance(run: Path) -> float:
+    """That of a run's validation."""
+    return tomllib.loads((run / "config.toml").read_text()).get("cfg_scale", RunConfig.GUIDANCE)
+
+
 def verdicts(line: Path) -> dict[str, Path]:
     """The newest evaluation's folder of every model that was judged on test prompts."""
     found = {}
     for name in MODELS:
-        if files := list((line / "judged").glob(f"*{name}-*/scores.json")):  # of another recipe's model, too
+        if files := list((line / "judged").glob(f"*{name}-{'[0-9a-f]' * 8}-*/scores.json")):  # of other recipes, too
             found[name] = max(files, key=lambda f: f.stat().st_mtime).parent
     return found
 

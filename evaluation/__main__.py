@@ -8,6 +8,8 @@ Writes scores.json (value, n, 95 % interval, ceiling, floor), index.html and a s
 share the work; run again after an interruption, it goes on; what was measured before is read from the cache.
 """
 
+import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -29,7 +31,9 @@ SuiteName = Literal["shapes", "text", "edit", "vae", "geneval", "dpg", "oneig", 
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = str(BASE)
-    """A run folder, a checkpoint, a diffusers folder or a hub id. Default: the shipped base."""
+    """A run folder, a checkpoint, a diffusers folder, a hub id or a LoRA. Default: the shipped base."""
+    base: Path | None = None
+    """Model that LoRA files belong to, where they don't say."""
     compare: tuple[str, ...] = ()
     """Two or more of these instead: each is compared with the first, on the same prompts and seeds."""
     suite: tuple[SuiteName, ...] = ("shapes",)
@@ -74,7 +78,7 @@ def main(config: Config) -> None:
     if len(config.compare) == 1:
         raise UserError("--compare needs two models or more")
     if config.height is None or config.width is None:
-        side = look((config.compare or (config.checkpoint,))[0]).side_px()
+        side = look((config.compare or (config.checkpoint,))[0], config.base).side_px()
         config = replace(config, height=config.height or side, width=config.width or side)
     _check(config)
     if "vae" in config.suite:
@@ -108,13 +112,14 @@ def main(config: Config) -> None:
     if rank:
         return
     settings = {**asdict(sampling), "split": config.split, "ema": config.ema, "limit": config.limit}
+    which = _digest(settings, [suite.name for suite in suites], config.prompts)
     results = [[Result(r, r.read(), _distances(r, config)) for r in mine] for mine in runs]
     for source, mine in zip(sources, results, strict=True):
-        folder = config.output / f"{_label(source.name)}-{source.fingerprint[:8]}"
+        folder = config.output / f"{_label(source.name)}-{source.fingerprint[:8]}-{which}"
         _show(source.name, write_scores(folder, source, settings, mine, absent)["suites"])
         print(f"wrote {folder}/scores.json and index.html")
     if len(sources) > 1:
-        folder = config.output / "-vs-".join(s.fingerprint[:8] for s in sources)
+        folder = config.output / f"{'-vs-'.join(s.fingerprint[:8] for s in sources)}-{which}"
         differences = write_comparison(folder, settings, sources, results)["differences"]
         _show_differences(differences, results[0])
         print(f"wrote {folder}/scores.json and index.html")
@@ -143,7 +148,8 @@ def _measure_vaes(config: Config) -> None:
     from evaluation.vae_scores import measure_vae
 
     for name in names:
-        folder = config.output / f"{_label(name)}-vae"
+        which = _digest(Path(name).absolute(), config.components, config.raw, config.limit)
+        folder = config.output / f"{_label(name)}-vae-{which}"
         data = measure_vae(name, config.components, config.raw, config.limit, folder)
         for domain, measures in data["suites"]["vae"].items():
             print(f"  {domain:<10}", "  ".join(f"{measure} {_interval(e)}" for measure, e in measures.items()))
@@ -246,10 +252,11 @@ def _source(name: str, config: Config):
 
         sampler = Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale)
         return load(
-            name, config.ema, config.components, device, getattr(torch, dtype), sampler=sampler, reference_area=area
-        )
+            name, config.ema, config.components, device, getattr(torch, dtype), config.base,
+            sampler=sampler, reference_area=area,
+        )  # fmt: skip
 
-    return Source(name, fingerprint(name, config.ema, config.components, f"{kind} {dtype}"), load)
+    return Source(name, fingerprint(name, config.ema, config.components, f"{kind} {dtype}", config.base), load)
 
 
 def _join() -> tuple[int, int]:
@@ -287,6 +294,11 @@ def _announce(config: Config, names: tuple[str, ...], prompts: dict[str, int], a
 
 def _label(name: str) -> str:
     return "-".join(Path(name).parts[-2:]).strip("/-")
+
+
+def _digest(*settings: object) -> str:
+    """Six digits by which the folders of what was measured otherwise differ."""
+    return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:6]
 
 
 def _show(name: str, suites: dict) -> None:

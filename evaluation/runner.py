@@ -173,7 +173,8 @@ class SuiteRun:
     ) -> Iterator[tuple[str, list[list[np.ndarray]]]]:
         size = self.sampling.size
         truths = [self.suite.truth(p, size) for p in batch]
-        reconstruct = getattr(self.source.maker, "reconstruct", None)
+        needed = any(t is not None for t in truths)  # else what draws is not loaded
+        reconstruct = getattr(self.source.maker, "reconstruct", None) if needed else None
         yield "ceiling", [[] if t is None or reconstruct is None else [reconstruct(t)] for t in truths]
         yield "blank", [[np.full((*size, 3), generator(p, "blank").integers(0, 256, 3), np.uint8)] for p in batch]
         others = [self.suite.other(p, size) for p in batch]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError
-from evaluation.ocr import is_chinese
+from evaluation.ocr import LANGUAGES, LAYOUT, is_chinese
 from evaluation.prompts import Prompt, read_json_lines
 
 DEFAULT = Path(__file__).with_name("text-default.jsonl")
@@ -37,7 +37,11 @@ def _prompt(name: str, row: dict[str, Any], where: str) -> Prompt:
         raise UserError(f'{where}: expected {{"prompt": "...", "text": ["...", ...]}} or {{"character": "..."}}')
     wanted = [row["text"]] if isinstance(row["text"], str) else list(row["text"])
     language = row.get("language", "zh" if any(map(is_chinese, wanted)) else "en")
-    metadata = {"protocol": row.get("protocol", "long"), "language": language, "text": wanted}
+    protocol = row.get("protocol", "long")
+    for what, value, known in (("language", language, LANGUAGES), ("protocol", protocol, LAYOUT)):
+        if value not in known:
+            raise UserError(f"{where}: {what} {value!r}; known are {', '.join(known)}")
+    metadata = {"protocol": protocol, "language": language, "text": wanted}
     return Prompt(name, row["prompt"], row.get("stratum", language), metadata)
 
 

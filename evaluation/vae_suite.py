@@ -68,7 +68,7 @@ def reconstruction_rows(
 
 
 def summary(rows: list[Row]) -> dict[str, dict[str, Estimate]]:
-    """{domain: {measure: mean with its interval, bootstrapped over clusters}}."""
+    """{domain: {measure: mean with its interval over clusters}}."""
     table: dict[str, dict[str, Estimate]] = {}
     for name in sorted({str(r["domain"]) for r in rows}):
         of = [r for r in rows if r["domain"] == name]

@@ -36,12 +36,12 @@ class ShapesValidation:
 
         Returns {"strict", "strict_low", "strict_high"} (the judge's strict verdicts: mean over tags with its 95 %
         interval, clustered by prompt), {"strict_floor"} (of the best constant picture), the same for "official",
-        GenEval's rule, {"reward"} (by the reward's detector), {"strict/TAG"}, and {"each"}: prompt, tag and verdicts of
-        every picture.
+        GenEval's rule, {"reward"} (by the reward's detector), {"strict/TAG"}, {"n"} pictures, and {"each"}: prompt, tag
+        and verdicts of every picture.
         """
         rows = self._suite.score(images, self._prompts)
         names, strata = [p.id for p in self._prompts], [p.stratum for p in self._prompts]
-        size, result = images[0].shape[:2], {}
+        size, result = images[0].shape[:2], {"n": len(images)}
         for rule in ("strict", "official"):
             judged = estimate(Scores(rows[rule], names, strata), self._suite.bounds[rule])
             result |= {rule: judged.value, f"{rule}_low": judged.low, f"{rule}_high": judged.high}

@@ -212,6 +212,8 @@ class DPO(Paged):
             show = lambda found: bar.update(min(found, wanted) - bar.n)  # noqa: E731
             settings = pair_settings(config)
             found = write_pairs(self.folder, settings, self.missing, make, wanted, encoder, studio.engine, show)
+        if 0 < found < wanted and studio.engine.rank == 0:
+            print(f"{found} of {wanted} pairs found; more --prompts, more --pictures or a lower --min-gap give more")
         if not found:
             raise UserError(
                 f"of {len(self.missing)} prompts none had two pictures whose rewards differ by {config.min_gap}: train "

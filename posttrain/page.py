@@ -1,11 +1,11 @@
 """The page of a post-training run: what it gained, curves, the same prompts as it went on."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import UserError
 from training.curves import plot, png_address, read_rows
 from training.run_folder import GAINS, MEASURES
 
@@ -47,16 +47,17 @@ def gains(folder: Path) -> dict[str, dict[str, Any]]:
     """Last measurement minus first: value with its 95 % interval, n, first and last value. Empty if there are not two.
 
     "loss" and "accuracy" on held-out samples or pairs are paired by these; "strict", "official" and "reward" of
-    validation by prompt and seed.
+    validation by prompt and seed. Of those that were measured both times.
     """
     from evaluation.intervals import difference, estimate
 
     found = {}
-    for measured, names, bounds in (("held_out", ["loss", "accuracy"], None), ("validation", VERDICTS, (0.0, 1.0))):
+    for measured, names in (("held_out", ["loss", "accuracy"]), ("validation", VERDICTS)):
         first, last = _ends(folder / measured)
-        for name in (n for n in names if n in first):
+        for name in (n for n in names if n in first and n in last):
             before, after = (_scores(each, name) for each in (first, last))
-            gain = difference(before, after, True, bounds)
+            shares = measured == "validation" and all(0 <= v <= 1 for v in (*before.values, *after.values))
+            gain = difference(before, after, True, (0.0, 1.0) if shares else None)
             ends = {"first": estimate(before).value, "last": estimate(after).value}
             found[name] = {"value": gain.value, "low": gain.low, "high": gain.high, "n": gain.n, **ends}
     return found
@@ -69,14 +70,29 @@ def _scores(each: dict[str, list], name: str) -> "Scores":
 
 
 def _ends(folder: Path) -> tuple[dict[str, list], dict[str, list]]:
-    """What each picture or sample got first and last; UserError if these are not the same ones."""
+    """What each picture or sample got first and last, of those that were measured both times: all of them, unless the
+    validation was changed on the way or a sample could not be read. Empty if there are not two."""
     files = sorted(folder.glob("step_*.json"))
     if len(files) < 2:
         return {}, {}
-    first, last = (json.loads(f.read_text()) for f in (files[0], files[-1]))
-    if any(first.get(name) != last.get(name) for name in ("prompt", "key")):
-        raise UserError(f"{files[0]} and {files[-1]} measured other pictures or samples")
+    ends = [json.loads(f.read_text()) for f in (files[0], files[-1])]
+    places = [{item: place for place, item in enumerate(_items(each))} for each in ends]
+    both = [item for item in places[0] if item in places[1]]
+    if len(both) < 2:
+        return {}, {}
+    first, last = (
+        {name: [values[place[item]] for item in both] for name, values in each.items()}
+        for each, place in zip(ends, places, strict=True)
+    )
     return first, last
+
+
+def _items(each: dict[str, list]) -> Iterator[tuple[str, int]]:
+    """The prompt or key of each, and how many there were of it so far."""
+    seen = Counter()
+    for name in each.get("prompt") or each["key"]:
+        seen[name] += 1
+        yield name, seen[name]
 
 
 def write_page(folder: Path, prompts: Sequence[str]) -> Path:

@@ -107,7 +107,7 @@ class PairDrawing:
     rng: Randomness
 
     def pairs(self, prompts: list[Prompt]) -> Iterator[EncodedSample]:
-        """Winner and loser of each prompt that has them; all pictures are drawn together."""
+        """Winner and loser of each prompt that has them, on the rank that speaks; all pictures are drawn together."""
         painter, side = self.studio.painter(self.sampler), self.size_px // PIXELS_PER_LATENT
         conditions = self.studio.conditions([prompt.text for prompt in prompts])
         requests = [
@@ -116,6 +116,8 @@ class PairDrawing:
             for i in range(self.pictures)
         ]
         latents = painter.latents([r.to(painter.device) for r in requests])
+        if not self.studio.engine.layout.speaks:
+            return
         images = [to_uint8(picture) for picture in painter.decode(latents)]
         asked = [prompt for prompt in prompts for _ in range(self.pictures)]
         scores = self.reward(images, [p.text for p in asked], [p.metadata for p in asked])["reward"]
@@ -162,8 +164,6 @@ def write_pairs(
     finished shard is kept, so that an interrupted call goes on. Which pairs come first does not depend on the number of
     ranks. `show` is told how many there are so far. With any pairs, the folder becomes an encoded data set.
     """
-    layout = engine.layout
-    writes = layout.tp_rank == layout.cp_rank == 0
     if engine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, settings)
@@ -174,7 +174,7 @@ def write_pairs(
         mine = first + engine.dp_rank
         if mine < len(shards) and not (folder / shard_name(mine)).exists():
             samples = list(make(shards[mine]))
-            if writes:
+            if engine.layout.speaks:
                 write_encoded(folder / shard_name(mine), samples)
         torch.distributed.barrier()
         turn = range(first, min(first + engine.dp_size, len(shards)))

@@ -22,7 +22,7 @@ try:
     from training.loop import LoopConfig
     from training.own_pictures import encode_pictures
     from training.source import BASE, TOY_PARAMETERS, look
-    from training.start import optimizer, picture_side, start, toy_optimizer
+    from training.start import TOY_VALIDATION, optimizer, picture_side, start, toy_optimizer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
@@ -74,7 +74,8 @@ class Config(DataConfig):
         if not config.dry_run:
             more = ("--skip-bad",) if config.skip_bad else ()
             encoded = encode_pictures(config.pictures, config.components, side, config.out / "data", *more)
-        return replace(config, data=(encoded,), size_px=side, validation=None)
+        validation = None if config.validation == TOY_VALIDATION else config.validation  # which knows no such pictures
+        return replace(config, data=(encoded,), size_px=side, validation=validation)
 
     def side_px(self) -> int:
         return self.size_px or super().side_px()

@@ -50,7 +50,7 @@ def make_reward(term: str) -> "Reward":
 
 
 class WeightedRewards:
-    """Weighted sum of scores; {"reward": the sum, and every score under its own name}.
+    """Weighted sum of scores; {"reward": the sum, and every score under its own name, if that is another}.
 
     A reward of which several terms take scores, with the same settings, is asked once.
     Of a reward of the list, the score of that name counts; of one's own, the first that it gives. A reward that gives
@@ -92,7 +92,7 @@ class WeightedRewards:
             found = answers[id(reward)]
             total = total + weight * found.get(name, next(iter(found.values())))
             scores |= found
-        return {"reward": total, **scores}
+        return scores | {"reward": total}
 
 
 def checked(name: str, values: Any, count: int) -> "Tensor":

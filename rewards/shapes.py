@@ -72,16 +72,18 @@ class ShapesReward:
     """`(images, prompts, metadata) -> {"shapes": strict, "shapes_soft": soft}`, each fp32 [B] in [0, 1].
 
     Images are uint8 [h, w, 3] of any size from 64 px; metadata is GenEval's, with the shapes world's classes. Raises
-    ValueError for metadata of another world.
+    ValueError for metadata of another world, or without a list of wanted objects.
     """
 
     def __call__(
         self, images: list[np.ndarray], prompts: list[str], metadata: list[dict[str, Any]]
     ) -> dict[str, Tensor]:
-        for m in metadata:
+        for prompt, m in zip(prompts, metadata, strict=True):
+            if not m.get("include"):
+                raise ValueError(f"the shapes reward needs the wanted objects (include) of {prompt!r}; see --rewards")
             for clause in m["include"]:
                 if clause["class"] not in SHAPES or clause.get("color", "red") not in COLORS:
-                    raise ValueError(f"the shapes reward doesn't know {clause} of {m.get('prompt')!r}")
+                    raise ValueError(f"the shapes reward doesn't know {clause} of {prompt!r}")
         credits = [credit(detect(image), m) for image, m in zip(images, metadata, strict=True)]
         strict, soft = torch.tensor(credits, dtype=torch.float32).reshape(-1, 2).unbind(1)
         return {"shapes": strict, "shapes_soft": soft}

@@ -80,7 +80,8 @@ class Batches(Protocol):
 
     All ranks end together. An algorithm that makes its batches with the model being trained holds the engine itself.
     One that reads ahead may have an attribute `prepare`: the loop sets it to what is to be done with each microbatch,
-    a function that gives a `Prepared`, where there is something to be gained.
+    a function that gives a `Prepared`, where there is something to be gained. One that several steps train on may have
+    an attribute `resumable`, false where its cursor could not be gone on from: a signal then waits for a later step.
     """
 
     def __next__(self) -> "list[list[Any] | Prepared]": ...

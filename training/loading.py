@@ -106,9 +106,9 @@ def adapters(found: Source, ema: bool = True) -> Adapters:
     return split_adapters(checkpoint.read_weights(found.path, ema)[1])[1]
 
 
-def fingerprint(source: str, ema: bool, components: Path | None, precision: str) -> str:
+def fingerprint(source: str, ema: bool, components: Path | None, precision: str, base: Path | str | None = None) -> str:
     """Hash of all that decides a source's pictures, without loading it: weights, text encoder, VAE, precision."""
-    found = look(source)
+    found = look(source, base)
     parts = [found.fingerprint(ema), components_fingerprint(components or found.components()), precision]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 

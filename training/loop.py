@@ -75,7 +75,8 @@ def train(
 ) -> None:
     """Train until `config.steps` steps are done or `batches` end.
 
-    SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt; one that comes later does not wait.
+    SIGINT or SIGTERM lets the step end (and those after it that batches cannot be resumed within), saves, and raises
+    KeyboardInterrupt; one that comes later does not wait.
     ValueError when step after step is not finite (see `training.not_finite`).
     """
     from data_pipeline.loader import Interrupted
@@ -141,7 +142,7 @@ def train(
                 if last or step % hook.every == 0:
                     hook(engine, step)
                     engine.frozen.release()
-            stopping = engine.any_rank(interrupted() or engine.save_failed)
+            stopping = engine.any_rank(interrupted() or engine.save_failed) and getattr(batches, "resumable", True)
             if last or stopping or step % config.save_every == 0:
                 save(engine, batches.state_dict(), run, config)
                 saved = step

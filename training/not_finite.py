@@ -52,7 +52,7 @@ def write_batch(
         return "the weights are those of the step before them"
     folder.mkdir(parents=True, exist_ok=True)
     calls = list(_calls(engine, algorithm, microbatches, rng))
-    if engine.layout.tp_rank == engine.layout.cp_rank == 0:
+    if engine.layout.speaks:
         about = {
             "align": engine.align,
             "dtype": str(engine.dtype).removeprefix("torch."),

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 ADAPTERS_RATE = 10
 """Learning rate of adapters in that of the weights (LoRA Without Regret, 2025; Flow-GRPO's 3e-4 and 3e-5)."""
+TOY_VALIDATION = "evaluation.validation:ShapesValidation"
+"""Of a model of toy size, unless another is named."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class RunConfig:
     NAME: ClassVar[str] = "posttrain"
     MEASURES_FIRST: ClassVar[bool] = True
     """Whether hooks are called before the first step, too."""
+    GUIDANCE: ClassVar[float] = 4.0
+    """Of samples and validations, of trainers that draw nothing to train on."""
     TOY: ClassVar[dict[str, Any]] = {}
     """What differs for a model of toy size."""
 
@@ -80,8 +84,7 @@ class RunConfig:
     def recipe(cls, model: MMDiTConfig) -> Self:
         """The defaults for a model."""
         if model.num_parameters < TOY_PARAMETERS:
-            validation = "evaluation.validation:ShapesValidation"
-            common = dict(max_tokens=4096, sample_every=50, validate_every=50, validation=validation)
+            common = dict(max_tokens=4096, sample_every=50, validate_every=50, validation=TOY_VALIDATION)
             return replace(cls(), out=Path(f"runs/{cls.NAME}"), **{**common, **cls.TOY})
         config = replace(cls(), out=Path(f"runs/{cls.NAME}"))
         if model.num_parameters < LARGE_PARAMETERS:
@@ -139,7 +142,7 @@ class RunConfig:
     @property
     def guidance(self) -> float:
         """Guidance of samples and validations."""
-        return getattr(self, "cfg_scale", 4.0)
+        return getattr(self, "cfg_scale", self.GUIDANCE)
 
     def own_prompts(self) -> list[str]:
         """The prompts of --sample-prompts. UserError if there are none, or nothing that could encode them."""

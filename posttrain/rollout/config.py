@@ -30,10 +30,12 @@ class RolloutConfig(RunConfig):
     """Updates made from the same pictures."""
 
     def completed(self) -> Self:
-        if self.loop.save_every % self.updates_per_rollout:
-            raise UserError(
-                "--save-every must be a multiple of --updates-per-rollout, so that a resumed run is the same run"
-            )
+        for name, steps in (("steps", self.loop.steps), ("save-every", self.loop.save_every)):
+            if steps % self.updates_per_rollout:
+                raise UserError(
+                    f"--{name} {steps} must be a multiple of --updates-per-rollout {self.updates_per_rollout}, so that "
+                    "a resumed run is the same run"
+                )
         if self.group < 2:
             raise UserError(f"--group {self.group}: pictures of a prompt are compared with each other, so 2 at least")
         config = super().completed()

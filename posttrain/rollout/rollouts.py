@@ -96,8 +96,7 @@ class RolloutTrainer(Paged):
 class Rollouts:
     """Endless batches of a `RolloutTrainer` (`training.algorithm.Batches`).
 
-    The cursor points at the next rollout: an interruption between two updates of one rollout (with
-    `updates_per_rollout` > 1) skips what is left of it.
+    The cursor points at the next rollout; checkpoints lie between two of them.
     """
 
     def __init__(self, trainer: RolloutTrainer):
@@ -122,6 +121,11 @@ class Rollouts:
             self._uses_left = self.trainer.config.updates_per_rollout
         self._uses_left -= 1
         return self._microbatches
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the rollout has had all its updates: it could not be drawn again with the weights of before them."""
+        return not self._uses_left
 
     def state_dict(self) -> dict[str, int]:
         return self.stream.state_dict()
@@ -154,7 +158,7 @@ class Rollouts:
         """Rewards of all pictures, asked for at once; of ranks that hold the same pictures, one asks."""
         layout = self._engine.layout
         answer: list[Any] = [None]
-        if layout.tp_rank == layout.cp_rank == 0:
+        if layout.speaks:
             images = [image for group in groups for image in group.images]
             prompts = [g.prompt for g in groups for _ in g.images]
             scores = self.trainer.reward(images, [p.text for p in prompts], [p.metadata for p in prompts])

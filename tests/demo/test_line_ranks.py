@@ -1,9 +1,15 @@
-"""A command of the line under torchrun: the processes that torchrun would start, forked."""
+"""The line's commands: processes that torchrun would start, forked; what another recipe has left."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from command_line import UserError
+from demo.line import run_line
+from demo.recipes import stage
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -34,3 +40,16 @@ def test_ranks_are_told_what_torchrun_tells(tmp_path: Path):
 
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path):
     assert run_command(tmp_path, "1") == 3
+
+
+def test_what_another_recipe_has_left_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran = []
+    monkeypatch.setattr("demo.line.run_command", lambda command: ran.append(command) or 0)
+    line = [stage("data", "pictures", "draw.py", "--count", 3), stage("train", "steps", "train.py", "--steps", 5)]
+    run_line(line, tmp_path)
+    run_line(line, tmp_path)
+    assert len(ran) == 2
+    longer = [line[0], stage("train", "steps", "train.py", "--steps", 7)]
+    with pytest.raises(UserError, match="holds train of another recipe"):
+        run_line(longer, tmp_path)
+    assert len(ran) == 2

@@ -74,6 +74,16 @@ def test_a_run_and_its_export_get_the_same_scores(models, tmp_path):
         assert np.abs(x - y).max() <= 1 and x.std() > 3, "same picture to 1e-3 before rounding to 8 bits"
 
 
+def test_what_is_measured_otherwise_replaces_nothing(models, tmp_path):
+    flags = {**FLAGS, "checkpoint": str(models[1]), "limit": 2, "output": tmp_path}
+    for split in ("validation", "test-iid", "test-iid"):
+        main(Config(split=split, **flags))
+    assert sorted(*zip(*(data["suites"] for data in scores(tmp_path).values()), strict=True)) == [
+        "shapes/test-iid",
+        "shapes/validation",
+    ]
+
+
 def test_what_cannot_run_is_said(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("evaluation.ocr.shutil.which", lambda name: None)
     flags = {**FLAGS, "checkpoint": str(models[1]), "limit": 2, "output": tmp_path}

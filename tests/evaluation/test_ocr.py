@@ -97,6 +97,13 @@ def test_no_training_page_shows_the_words_that_are_asked_for():
             assert not [line for line in shown[language] if wanted in line], text
 
 
+@pytest.mark.parametrize("field", ["language", "protocol"])
+def test_an_unknown_language_or_protocol_is_named(tmp_path, field):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "a sign", "text": ["open"], field: "tlh"}))
+    with pytest.raises(UserError, match=f"prompt 1: {field} 'tlh'; known are"):
+        text_prompts(tmp_path / "own.jsonl")
+
+
 def test_published_formats_are_read(tmp_path):
     for style in ("CVTG", "CVTG-Style"):
         (tmp_path / style).mkdir()

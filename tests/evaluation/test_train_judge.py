@@ -22,7 +22,7 @@ def test_pictures_depend_on_seed_and_step_only_and_vary():
 
 
 def test_targets_decode_to_the_labels():
-    rng = np.random.default_rng(1)
+    rng, drawn, decoded = np.random.default_rng(1), 0, 0
     for _ in range(30):
         labels = draw_labelled(rng, SIDE)
         heat, where, colors, boxes = targets_of([labels])
@@ -37,6 +37,8 @@ def test_targets_decode_to_the_labels():
         }
         for name, f in found:
             assert any((name, f.color) == (n, c) and np.allclose(f.box, b, atol=1e-3) for n, c, b in true)
+        drawn, decoded = drawn + len(labels.classes), decoded + len(found)
+    assert decoded > 0.8 * drawn > 0
 
 
 def test_the_loss_falls_towards_the_targets():

@@ -13,6 +13,8 @@ from test_posttrain_runs import DEADLINE_S, DPO, GRPO, NFT, assert_same_run, kil
 from worlds import run_world
 
 from command_line import UserError
+from evaluation.__main__ import Config as Evaluation
+from evaluation.__main__ import main as evaluate
 from model import export
 from model.diffusers_io.lora_files import read_adapters, write_adapters
 from model.sampling.draw import Sampler
@@ -154,6 +156,11 @@ def test_a_file_of_another_trainer_needs_its_base_named(tuned, init, tmp_path):
     found = look(file, base=init)
     weights, expected = whole_weights(found)[1], whole_weights(look(tuned))[1]
     assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in weights)
+    size = {"height": 64, "width": 64, "steps": 2, "images_per_prompt": 1, "limit": 2}
+    evaluation = Evaluation(str(file), init, split="validation", output=tmp_path / "evaluation", **size)
+    evaluate(evaluation)
+    (found,) = (tmp_path / "evaluation").glob("*/scores.json")
+    assert "shapes/validation" in json.loads(found.read_text())["suites"]
 
 
 def read_adapters_of(run: Path):

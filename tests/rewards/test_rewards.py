@@ -140,6 +140,17 @@ def test_scores_that_do_not_fit_the_pictures_are_refused_by_name(values, says):
         scripted(values)([picture("a"), picture("b")], ["p", "p"], [{}, {}])
 
 
+class CalledReward:
+    def __call__(self, images, prompts, metadata):
+        return {"reward": torch.ones(len(images))}
+
+
+def test_a_score_called_reward_does_not_stand_for_the_sum():
+    rewards = scripted([0.5])
+    rewards.terms.append(("server", 2.0, CalledReward()))
+    assert rewards([picture("a")], ["p"], [{}])["reward"].tolist() == [2.5]
+
+
 def test_a_reward_that_does_not_answer_is_named():
     with pytest.raises(ValueError, match="reward mine gave no answer within 0.05 s"):
         scripted([0.5], seconds=5, deadline_s=0.05)([picture("a")], ["p"], [{}])

@@ -125,6 +125,12 @@ def test_counts_and_relations():
     assert upside_down[0] == 0 and upside_down[1] < scores["right"][1]
 
 
+@pytest.mark.parametrize("metadata", [{}, {"include": []}])
+def test_prompts_that_name_no_objects_are_refused_by_name(metadata):
+    with pytest.raises(ValueError, match="include.*'a dog'.*--rewards"):
+        ShapesReward()([np.zeros((64, 64, 3), np.uint8)], ["a dog"], [metadata])
+
+
 def test_metadata_of_another_world_is_refused():
     with pytest.raises(ValueError, match="doesn't know"):
         reward([np.zeros((64, 64, 3), np.uint8)], [{"prompt": "a dog", "include": [{"class": "dog", "count": 1}]}])

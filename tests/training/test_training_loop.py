@@ -66,6 +66,28 @@ def test_a_signal_saves_and_ends_the_run(undisturbed: Path, tmp_path: Path, numb
     assert_same_run(undisturbed, tmp_path)
 
 
+@dataclass
+class Triples(Cycle):
+    """Whose cursor holds after every third batch only."""
+
+    @property
+    def resumable(self) -> bool:
+        return self.epoch % 3 == 0
+
+
+def interrupted_triples(rank: int, folder: Path) -> str:
+    try:
+        train(folder, CONFIGURATION, Triples(), hooks=[At(lambda: os.kill(os.getpid(), signal.SIGTERM), (4,))])
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "finished"
+
+
+def test_a_signal_waits_for_a_step_that_can_be_gone_on_from(tmp_path: Path):
+    assert run_world(1, interrupted_triples, tmp_path) == ["interrupted"]
+    assert list_checkpoints(tmp_path / "checkpoints")[0].name == "step_00000006"
+
+
 def loop_with_hook(rank: int, folder: Path, config: LoopConfig) -> list[int]:
     hook = At(None, (), every=3)
     train(folder, config, hooks=[hook])

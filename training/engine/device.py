@@ -71,6 +71,11 @@ class Layout:
     writers_group: dist.ProcessGroup
     """All ranks, over which their threads that write checkpoints agree."""
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this one, of the ranks that hold the same samples, asks and writes for them."""
+        return self.tp_rank == self.cp_rank == 0
+
 
 def start(parallel: ParallelConfig) -> Layout:
     """Set up device, threads and process groups; under torchrun one process of many, otherwise a world of one.
