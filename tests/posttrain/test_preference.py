@@ -28,7 +28,7 @@ def encoder(components):
 
 def engine(rank=0, size=1):
     return SimpleNamespace(
-        rank=rank, dp_rank=rank, dp_size=size, layout=SimpleNamespace(tp_rank=0, cp_rank=0), barrier=lambda: None
+        rank=rank, dp_rank=rank, dp_size=size, layout=SimpleNamespace(speaks=True), barrier=lambda: None
     )
 
 
