@@ -8,6 +8,7 @@ from pathlib import Path
 
 from training.engine.config import fast_dtype
 from training.source import BASE, TOY_SIDE_PX
+from training.start import TOY_VALIDATION
 
 GUIDANCE = 2.5
 """Of the pictures that are shown and judged: the best of 1, 2.5 and 4 on validation prompts."""
@@ -150,7 +151,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
     def train(name: str, purpose: str, script: str, steps: int, *more: object) -> Stage:
         common = [*ranks, script, "--components", components, "--steps", steps, "--out", out / name]
         common += ["--validate-every", steps if recipe.test_prompts else 0]
-        common += ["--validation", "evaluation.validation:ShapesValidation", *seeded]
+        common += ["--validation", TOY_VALIDATION, *seeded]
         return stage(name, purpose, *common, *more)
 
     def pretrain(res: int, steps: int, *more: object) -> Stage:

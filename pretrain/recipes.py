@@ -27,6 +27,7 @@ from training.demo_data import demo_data
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
 from training.source import AT_RANDOM, BASE, TOY_SIDE_PX, look, preset_of
+from training.start import TOY_VALIDATION
 
 TOY_PRESETS = ("tiny", "mini")
 """For pictures of toy size and the text encoder that is shipped: width 192, and 384."""
@@ -205,7 +206,7 @@ STAGES: dict[int, StageConfig] = {
 TOYS: dict[int, StageConfig] = {
     res: replace(
         stage, preset="tiny", batch_size=32, max_tokens=4096, sample_every=100, validate_every=100, engine=_TOY,
-        loop=LoopConfig(200, save_every=50), validation="evaluation.validation:ShapesValidation", ema_half_life=None,
+        loop=LoopConfig(200, save_every=50), validation=TOY_VALIDATION, ema_half_life=None,
         draws=Draws(),
     )
     for res, stage in STAGES.items()
