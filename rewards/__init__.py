@@ -92,7 +92,8 @@ class WeightedRewards:
             found = answers[id(reward)]
             total = total + weight * found.get(name, next(iter(found.values())))
             scores |= found
-        return scores | {"reward": total}
+        scores.pop("reward", None)  # a server's own score of that name; ours is the sum, and first
+        return {"reward": total} | scores
 
 
 def checked(name: str, values: Any, count: int) -> "Tensor":
