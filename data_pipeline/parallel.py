@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from command_line import die_with_parent
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -63,7 +65,8 @@ def map_threads(function: Callable[[A], B], items: Iterable[A], threads: int, ah
 
 
 def _start() -> None:
-    """Leave Ctrl-C to the parent."""
+    """Leave Ctrl-C to the parent, and end with it."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -107,6 +107,13 @@ def read_encoded(path: Path, on_problem: OnProblem | None = None) -> Iterator[En
             report(Problem(path.name, members["__key__"], str(error)))
 
 
+def raw_sample(path: Path, entry: Entry) -> RawSample:
+    """One sample of a raw shard's index. ValueError says what is wrong with it."""
+    with open(path, "rb") as file:
+        members = {ext: read_member(file.fileno(), entry, ext) for ext in entry.members if _is_raw(ext)}
+    return _raw_sample(entry.key, members)
+
+
 def raw_picture(path: Path, key: str) -> "Image | None":
     """The picture of one sample of a raw shard, without reading the others; None if it is broken or not there."""
     entry = next((e for e in tar_index(path).entries if e.key == key), None)

@@ -43,6 +43,10 @@ def main(config: Config) -> None:
         raise UserError(f"{source} holds no vae/; train one with `python vae/train.py --out {config.vae}`")
     if config.copy and (missing := [part for part in PARTS[:2] if not (source / part).is_dir()]):
         raise UserError(f"{source} holds no {' and no '.join(missing)}; --copy takes a whole components folder")
+    others = [p.name for p in config.out.iterdir() if p.name not in (*VAES, *PARTS)] if config.out.is_dir() else []
+    if others or config.copy and config.out.resolve() == config.copy.resolve():
+        what = others[0] if others else "what --copy names"
+        raise UserError(f"{config.out} holds {what}, which this would delete; choose another --out")
     temporary = config.out.with_name(f".tmp-{config.out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     if config.copy is None:

@@ -38,6 +38,8 @@ class Config:
     out: Path | None = None
     """Where everything goes; default runs/<recipe>, with the name of the data appended when they are yours, and the
     seed when it is not 0."""
+    skip_bad: bool = False
+    """Leave out of --data what cannot be used, instead of refusing the folder."""
     seed: int = 0
     """Of our pictures, and of every trainer's weights, noise and prompts."""
     dry_run: bool = False
@@ -62,11 +64,12 @@ def run_command(command: list[str]) -> int:
     returns the exit status, of the first that failed if one did."""
     count, script = (int(command[2]), command[3:]) if command[0] == "torchrun" else (1, command)
     environments = ranks(count) if count > 1 else [{}]
-    running, failed = {fork(script, environment) for environment in environments}, 0
+    running, failed, interrupted = {fork(script, environment) for environment in environments}, 0, False
     while running:
         try:
             pid, code = os.wait()
         except KeyboardInterrupt:  # the terminal sent it to the children as well: let them save
+            interrupted = True
             continue
         running.discard(pid)
         status = os.waitstatus_to_exitcode(code)
@@ -74,7 +77,7 @@ def run_command(command: list[str]) -> int:
         if status not in (0, 130):
             for other in running:  # they would wait for it for ever
                 os.kill(other, signal.SIGKILL)
-    return failed
+    return failed or (130 if interrupted else 0)  # also if it came when they were all but finished
 
 
 def ranks(count: int) -> list[dict[str, str]]:
@@ -116,8 +119,8 @@ def fork(command: list[str], environment: dict[str, str]) -> int:
 
 
 def fingerprint(stage: Stage, before: str) -> str:
-    """Changes when the stage's command or any stage before it does."""
-    return hashlib.sha256(json.dumps([stage.name, stage.command, before]).encode()).hexdigest()[:16]
+    """Changes when the stage's command, what it reads of the user's, or any stage before it does."""
+    return hashlib.sha256(json.dumps([stage.name, stage.command, before, stage.reads]).encode()).hexdigest()[:16]
 
 
 def run_line(line: list[Stage], out: Path) -> None:
@@ -132,7 +135,8 @@ def run_line(line: list[Stage], out: Path) -> None:
         title = f"[{number}/{len(line)}] {stage.name}: {stage.purpose}"
         if marker.exists():
             if json.loads(marker.read_text())["fingerprint"] != mark:
-                raise UserError(f"{out} holds {stage.name} of another recipe: delete the folder, or give another --out")
+                of = "other pictures" if stage.reads else "another recipe"
+                raise UserError(f"{out} holds {stage.name} of {of}: delete the folder, or give another --out")
             print(f"{title} (finished before)", flush=True)
             continue
         print(f"\n{title}\n    {stage}", flush=True)
@@ -152,6 +156,7 @@ def run_line(line: list[Stage], out: Path) -> None:
 def lock(out: Path):
     """Hold the run folder; a second run of the same line waits until the first has ended."""
     handle = open(out / ".lock", "w")  # noqa: SIM115
+    os.register_at_fork(after_in_child=handle.close)  # a child that is left over holds no lock
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -170,7 +175,11 @@ def main(config: Config) -> None:
         raise UserError("--recipe base has seeds of its own; --seed goes with quick and demo")
     name = config.recipe if data is None else f"{config.recipe}-{data.name}"
     out = config.out or Path("runs") / (f"{name}-seed-{config.seed}" if config.seed else name)
-    line = base_stages(out) if config.recipe == "base" else stages(RECIPES[config.recipe], out, data, config.seed)
+    line = (
+        base_stages(out)
+        if config.recipe == "base"
+        else stages(RECIPES[config.recipe], out, data, config.seed, config.skip_bad)
+    )
     if config.dry_run:
         for number, stage in enumerate(line, 1):
             print(f"[{number}/{len(line)}] {stage.name}: {stage.purpose}\n    {stage}")

@@ -1,15 +1,10 @@
-"""Pictures on a page: decoded, below each other, as data addresses."""
+"""Pictures on a page: below each other, as data addresses."""
 
 import io
 
 from PIL import Image
 
 from training.curves import png_address
-
-
-def decode(image: bytes) -> Image.Image:
-    """An encoded picture as RGB."""
-    return Image.open(io.BytesIO(image)).convert("RGB")
 
 
 def stack(sheets: list[Image.Image]) -> Image.Image:

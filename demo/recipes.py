@@ -1,12 +1,16 @@
 """The demo's stages as data: which commands run, in which order, with which lengths. Imports no torch."""
 
+import hashlib
+import json
 import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from training.cost.cards import count_gpus
 from training.engine.config import fast_dtype
+from training.own_pictures import stamp
 from training.source import BASE, TOY_SIDE_PX
 from training.start import TOY_VALIDATION
 
@@ -115,6 +119,8 @@ class Stage:
     command: list[str]
     page: Path | None = None
     """What is worth opening once the stage is finished."""
+    reads: str = ""
+    """Stands for files of the user's that the command reads; changes when they do."""
 
     def __str__(self) -> str:
         """The command as one types it."""
@@ -126,10 +132,11 @@ def stage(name: str, purpose: str, *command: object) -> Stage:
     return Stage(name, purpose, [str(word) for word in command])
 
 
-def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[Stage]:
+def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0, skip_bad: bool = False) -> list[Stage]:
     """The commands of a line that works in `out`, on the user's `data` or on our own; `seed` is every stage's."""
     seeded = ["--seed", seed] if seed else []
-    ranks = ["torchrun", "--nproc-per-node", recipe.processes] if recipe.processes > 1 else []
+    processes = min(recipe.processes, count_gpus() or recipe.processes)
+    ranks = ["torchrun", "--nproc-per-node", processes] if processes > 1 else []
     raw, curated, report = out / "data" / "raw", out / "data" / "curated", out / "report"
     components, encoded = out / "components", {res: out / "data" / f"encoded-{res}" for res in (256, 640)}
 
@@ -175,7 +182,11 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0) -> list[
         draw += ["--count", recipe.pictures, "--size", recipe.picture_px, "--out", raw, *seeded]
         source = stage("data", f"synthetic pictures: {recipe.kinds}", *draw)
     else:
-        source = stage("data", f"pictures of {data}", "data_pipeline/ingest.py", "--data", data, "--out", raw)
+        ingest = ["data_pipeline/ingest.py", "--data", data, *(["--skip-bad"] if skip_bad else []), "--out", raw]
+        source = replace(
+            stage("data", f"pictures of {data}", *ingest),
+            reads=hashlib.sha256(json.dumps(stamp(data)).encode()).hexdigest(),
+        )
     steps_256, steps_640 = (recipe.steps_256, recipe.steps_640) if data is None else recipe.steps_own
     last, export = out / "grpo", out / "export"
     if recipe.components is None:

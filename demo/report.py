@@ -7,8 +7,10 @@ import hashlib
 import json
 import random
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from command_line import UserError, run
@@ -16,6 +18,9 @@ try:
     from training.start import RunConfig
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MODELS = ["pretrain-256", "pretrain-640", "sft", "dpo", "grpo"]
 TRAINED = ["vae", "image-decoder", *MODELS]
@@ -46,19 +51,35 @@ class Config:
     """Validation prompts of the shapes world drawn beside them, if the data are ours."""
 
 
-def raw_samples(line: Path) -> list:
-    """All raw samples of the line."""
-    from data_pipeline.shards import list_shards, read_raw
+class RawSamples:
+    """The raw samples of a line; only those that are shown are read."""
 
-    return [s for shard in list_shards(line / "data" / "raw") for s in read_raw(shard, lambda problem: None)]
+    def __init__(self, line: Path):
+        from data_pipeline.shards import list_shards
+        from data_pipeline.tar_index import tar_index
+
+        self._places = [(s, entry) for s in list_shards(line / "data" / "raw") for entry in tar_index(s).entries]
+
+    def spread(self, count: int) -> "list[tuple[Image, str]]":
+        """Picture and caption of `count` of them at random, the same ones each time; broken ones are left out."""
+        from data_pipeline.pictures import decode
+        from data_pipeline.shards import raw_sample
+
+        found = []
+        for shard, entry in random.Random(0).sample(self._places, min(count, len(self._places))):
+            with suppress(ValueError):
+                sample = raw_sample(shard, entry)
+                found.append((decode(sample.image), sample.meta["caption"]))
+        return found
+
+    def sheet(self, count: int) -> "Image":
+        """So many of the pictures."""
+        from data_pipeline.page import contact_sheet
+
+        return contact_sheet([picture for picture, _ in self.spread(count)], 12, 96)
 
 
-def spread(samples: list, count: int) -> list:
-    """`count` of them at random, the same ones each time."""
-    return random.Random(0).sample(samples, min(count, len(samples)))
-
-
-def reconstructions(line: Path, samples: list, count: int = 8, side: int = 144):
+def reconstructions(line: Path, samples: RawSamples, count: int = 8, side: int = 144):
     """Rows: originals, image decoder, video decoder; or None before a VAE is there."""
     folder = next((line / f for f in ("image-decoder", "vae", "components") if (line / f / "vae").is_dir()), None)
     if folder is None:
@@ -68,11 +89,10 @@ def reconstructions(line: Path, samples: list, count: int = 8, side: int = 144):
     from PIL import Image, ImageOps
 
     from data_pipeline.page import contact_sheet
-    from demo.pictures import decode
     from vae.autoencoder import VAE
 
     vae = VAE.from_folder(folder)
-    originals = [ImageOps.fit(decode(s.image), (side, side)) for s in spread(samples, count)]
+    originals = [ImageOps.fit(picture, (side, side)) for picture, _ in samples.spread(count)]
     pixels = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 127.5 - 1 for p in originals])
     rows, names = [originals], ["original"]
     decoders = ["image", "video"] if (folder / "vae_video").is_dir() else ["image"]
@@ -82,7 +102,7 @@ def reconstructions(line: Path, samples: list, count: int = 8, side: int = 144):
             out = vae.decode_latent(latent, decoder=name)[:, :, 0].clamp(-1, 1)
             rows.append([Image.fromarray(((x.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for x in out])
             names.append(f"{name} decoder, {10 * (4 / ((pixels - out) ** 2).mean()).log10():.1f} dB")
-    return contact_sheet([p for row in rows for p in row], count, side), names
+    return contact_sheet([p for row in rows for p in row], len(originals), side), names
 
 
 def curves(line: Path) -> bytes | None:
@@ -96,8 +116,9 @@ def curves(line: Path) -> bytes | None:
     return plot(found) if found else None
 
 
-def drawings(config: Config, samples: list):
-    """(rows of PIL pictures, one row a model; model names; prompts), or None before a model is there."""
+def drawings(config: Config, samples: RawSamples):
+    """(rows of PIL pictures, one row a model; model names; prompts; how many of these were trained on), or None before
+    a model is there."""
     runs = {name: config.line / name for name in MODELS}
     models = [name for name, run in runs.items() if any((run / "checkpoints").glob("step_*"))]
     if not models:
@@ -111,7 +132,8 @@ def drawings(config: Config, samples: list):
     from training.loading import load
     from training.source import look
 
-    prompts = [s.meta["caption"] for s in spread(samples, config.captions)]
+    prompts = [caption for _, caption in samples.spread(config.captions)]
+    captions = len(prompts)
     if (config.line / "data" / "raw" / "synthesis.json").exists():
         prompts += [p.text for p in shapes_prompts("validation")[: config.held_out]]
     seeds = list(range(len(prompts)))
@@ -122,7 +144,7 @@ def drawings(config: Config, samples: list):
         side = look(runs[name]).side_px()
         images = painter.generate(prompts, [(side, side)] * len(prompts), seeds)
         rows.append([Image.fromarray(image) for image in images])
-    return rows, models, prompts
+    return rows, models, prompts, captions
 
 
 def base_drawings(steps: int, cfg_scale: float, count: int):
@@ -204,19 +226,19 @@ def main(config: Config) -> None:
     import jinja2
 
     from data_pipeline.page import contact_sheet
-    from demo.pictures import data_uri, decode, stack
+    from demo.pictures import data_uri, stack
     from files import atomic_file, write_json
 
-    samples, folder = raw_samples(config.line), config.line / "report"
+    samples, folder = RawSamples(config.line), config.line / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    sheets = [contact_sheet([decode(s.image) for s in spread(samples, 24)], 12, 96)]
+    sheets = [samples.sheet(24)]
     page = {"stages": stage_table(config.line), "name": config.line.name, "config": config, "purposes": PURPOSES}
     page["judged"] = judged(config.line)
     page["sheets"] = {
         n: png_address((f / "shapes-test-iid.png").read_bytes()) for n, f in verdicts(config.line).items()
     }
     write_json(folder / "metrics.json", metrics(config.line))
-    page["data"] = data_uri(contact_sheet([decode(s.image) for s in spread(samples, 48)], 12, 96))
+    page["data"] = data_uri(samples.sheet(48))
     if found := reconstructions(config.line, samples):
         picture, page["reconstruction_rows"] = found
         page["reconstructions"] = data_uri(picture)
@@ -224,8 +246,7 @@ def main(config: Config) -> None:
     if plot := curves(config.line):
         page["curves"] = data_uri(plot)
     if drawn := drawings(config, samples):
-        rows, page["models"], page["prompts"] = drawn
-        page["captions"] = min(config.captions, len(samples))
+        rows, page["models"], page["prompts"], page["captions"] = drawn
         page["drawings"] = [[data_uri(picture) for picture in row] for row in rows]
         sheets.append(contact_sheet([p for row in rows for p in row], len(rows[0]), 128))
     pictures, prompts = base_drawings(20, config.cfg_scale, 8)

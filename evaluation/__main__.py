@@ -46,7 +46,7 @@ class Config:
     """Take only the first so many prompts of each suite."""
     images_per_prompt: int = 4
     height: int | None = None
-    """Pixels, a multiple of 16. Default: the side that the (first) model was trained at (Qwen-Image itself: 1328)."""
+    """Pixels, a multiple of 16. Default: the side that the (first) model was trained at (a published one: 1024)."""
     width: int | None = None
     steps: int = 40
     cfg_scale: float = 4.0

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 try:
     from command_line import UserError, progress, run
     from training.source import BASE, look
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -17,14 +20,14 @@ class Config:
     """A run folder, a checkpoint, a diffusers folder, a hub id or a LoRA. Default: the shipped base."""
     base: Path | None = None
     """Model that the LoRA of --checkpoint belongs to, for files that don't say."""
-    prompt: tuple[str, ...] = ("a photo of a red circle",)
+    prompt: tuple[str, ...] = ("a red circle",)
     """One picture is drawn for each prompt."""
     image: tuple[Path, ...] = ()
     """Pictures to edit, given to every prompt."""
     output: Path = Path("samples")
     """Folder for the pictures, NUMBER.png."""
     height: int | None = None
-    """Pixels, a multiple of 16. Default: the side that the model was trained at (Qwen-Image itself: 1328)."""
+    """Pixels, a multiple of 16. Default: the side that the model was trained at (a published one: 1024)."""
     width: int | None = None
     steps: int = 50
     cfg_scale: float = 4.0
@@ -50,6 +53,7 @@ def main(config: Config) -> None:
         raise UserError(f"{size[0]} x {size[1]} pixels: both sides must be positive multiples of 16")
     if missing := [str(p) for p in config.image if not p.is_file()]:
         raise UserError(f"no picture at {', '.join(missing)}")
+    images = [read_picture(path) for path in config.image]
     plan = f"{size[0]} x {size[1]} px, {config.steps} steps, guidance {config.cfg_scale:g}"
     print(f"{len(config.prompt)} pictures of {plan}, from {config.checkpoint}")
     if config.dry_run:
@@ -70,7 +74,6 @@ def main(config: Config) -> None:
         config.checkpoint, config.ema, config.components, device, getattr(torch, dtype), sampler=sampler,
         base=config.base, negative_prompt=config.negative_prompt,
     )  # fmt: skip
-    images = [Image.open(p) for p in config.image]
     config.output.mkdir(parents=True, exist_ok=True)
     with progress(len(config.prompt), "draw", "picture") as bar:
         for i, prompt in enumerate(config.prompt):
@@ -79,6 +82,16 @@ def main(config: Config) -> None:
                 Image.fromarray(picture).save(file, "PNG")
             bar.update()
     print(f"wrote {config.output}/0.png" + (f" … {len(config.prompt) - 1}.png" if len(config.prompt) > 1 else ""))
+
+
+def read_picture(path: Path) -> "Image.Image":
+    """A picture as training sees it: upright, in sRGB, on white. UserError if it is none."""
+    from data_pipeline.pictures import decode
+
+    try:
+        return decode(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from None
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class Config(RunConfig):
     prompts: Path | None = None
     """JSON lines {"prompt": ..., ...} to draw. Default: the shapes world's training prompts."""
     rewards: tuple[str, ...] = ("shapes_soft",)
-    """What judges the drawn pictures, as NAME or NAME=WEIGHT: shapes, shapes_soft, ocr, or your own FILE.py:CLASS."""
+    """What judges the drawn pictures, as NAME or NAME=WEIGHT: shapes, shapes_soft, ocr, remote(url=URL), or your own
+    FILE.py:CLASS."""
     pictures: int = 4
     """Pictures drawn of each prompt."""
     min_gap: float = 0.02

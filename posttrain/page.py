@@ -76,6 +76,8 @@ def _ends(folder: Path) -> tuple[dict[str, list], dict[str, list]]:
     if len(files) < 2:
         return {}, {}
     ends = [json.loads(f.read_text()) for f in (files[0], files[-1])]
+    if not all(each.get("prompt") or each.get("key") for each in ends):  # a validation that names no prompts
+        return {}, {}
     places = [{item: place for place, item in enumerate(_items(each))} for each in ends]
     both = [item for item in places[0] if item in places[1]]
     if len(both) < 2:

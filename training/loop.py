@@ -72,8 +72,8 @@ def train(
     config: LoopConfig,
     run: RunFolder,
     hooks: Sequence[Hook] = (),
-) -> None:
-    """Train until `config.steps` steps are done or `batches` end.
+) -> bool:
+    """Train until `config.steps` steps are done or `batches` end; returns whether a signal came in the last step.
 
     SIGINT or SIGTERM lets the step end (and those after it that batches cannot be resumed within), saves, and raises
     KeyboardInterrupt; one that comes later does not wait.
@@ -92,7 +92,7 @@ def train(
     run.open(engine.step_count)
     known = in_this_machine() if engine.device.type == "cuda" else None
     peak_flops = None if known is None else known[1].flops * engine.world_size
-    saved, not_finite = engine.step_count if cursor is not None else None, 0
+    saved, not_finite, stopping = engine.step_count if cursor is not None else None, 0, False
     if engine.runs_ahead and hasattr(batches, "prepare"):
         batches.prepare = lambda batch: engine.prepare(algorithm, batch, rng)
 
@@ -152,6 +152,7 @@ def train(
         if saved != engine.step_count:
             save(engine, batches.state_dict(), run, config)
     run.close()
+    return stopping
 
 
 def speed_of(
@@ -178,7 +179,7 @@ def save(engine: "Engine", cursor: dict[str, Any], run: RunFolder, config: LoopC
     """Begin to write a checkpoint of this moment, with the batches' cursor; once it is there, others are deleted."""
     run.sync()
     tidy = partial(run.tidy, config.keep, config.keep_every, config.best)
-    engine.begin_save_step(run.checkpoints, {"batches": cursor}, tidy)
+    engine.begin_save_step(run.checkpoints, {"batches": cursor, **run.facts}, tidy)
 
 
 @contextmanager

@@ -44,17 +44,18 @@ class RunFolder:
         self._metrics = self._speed = self._board = None
         self.images = 0.0
         """Samples that the rows so far have learnt from."""
+        self.facts: dict[str, Any] = {}
+        """What every checkpoint of the run is to say beside its cursor."""
+        self._config, self._before = config, None
         if writes:
             for folder in (self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.toml"
-            before = read_toml(file) if file.exists() and any(self.checkpoints.iterdir()) else None
-            if before is not None:
-                self._require_state_for(before, config)
-            write_toml(config, file)
-            if before is not None:
-                for line in changes(before, read_toml(file)):
-                    print(f"{self.path} goes on with other settings: {line}", flush=True)
+            if file.exists() and any(self.checkpoints.iterdir()):
+                self._before = read_toml(file)
+                self._require_state_for(self._before, config)
+            else:
+                write_toml(config, file)
 
     def _require_state_for(self, before: dict[str, Any], config: Any) -> None:
         """ValueError if a run's optimizer has no state for what `config` would train it with."""
@@ -70,7 +71,10 @@ class RunFolder:
             )
 
     def open(self, step: int) -> None:
-        """Begin to log after `step`: rows of later steps, from a run that died since, are cut off."""
+        """Begin to log after `step`: rows of later steps, from a run that died since, are cut off.
+
+        Nothing can refuse to go on any more, so the settings of a run that does are written, and what changed is said.
+        """
         if not self.writes:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -80,11 +84,16 @@ class RunFolder:
         kept = rows[:step]
         if any(json.loads(row)["step"] != i for i, row in enumerate(kept, 1)) or len(kept) < step:
             raise ValueError(f"{file} does not hold one row for each of {step} steps; restore it or start a new run")
+        if self._before is not None:
+            settings = self.path / "config.toml"
+            write_toml(self._config, settings)
+            for line in changes(self._before, read_toml(settings)):
+                print(f"{self.path} goes on with other settings: {line}", flush=True)
         _replace(file, kept)
         self.images = sum(json.loads(row).get("samples") or 0 for row in kept)
         for measured in (self.path / f"{name}.jsonl" for name in MEASURES):
             if measured.exists():
-                rows = measured.read_text().splitlines(keepends=True)
+                rows = [r for r in measured.read_text().splitlines(keepends=True) if r.endswith("\n")]  # none cut
                 _replace(measured, [row for row in rows if json.loads(row)["step"] <= step and step])
         self._metrics = file.open("a")
         self._speed = (self.path / "speed.jsonl").open("a")

@@ -1,7 +1,11 @@
 """Runs that differ by their seed, side by side."""
 
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -9,6 +13,20 @@ from scipy import stats
 from files import write_json
 from training.curves import read_rows
 from training.run_folder import GAINS, MEASURES
+
+
+def train_seeds(config: Any, train_once: Callable[[Any], bool]) -> None:
+    """Train once with each seed of a `RunConfig` and compare the last scores.
+
+    KeyboardInterrupt if a signal came in a run's last step.
+    """
+    runs = []
+    for seed in range(config.loop.seed, config.loop.seed + config.seeds):
+        runs.append(config.out / f"seed-{seed}")
+        if train_once(replace(config, seeds=1, out=runs[-1], loop=replace(config.loop, seed=seed))):
+            raise KeyboardInterrupt
+    if os.environ.get("RANK", "0") == "0":
+        compare(config.out, runs)
 
 
 def compare(out: Path, runs: list[Path]) -> None:

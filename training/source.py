@@ -5,6 +5,7 @@ The only place that knows. Imports no torch: `--help` asks here which recipe fit
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,8 @@ LARGE_PARAMETERS = 4 * 10**9
 """From here on, weights and their gradients are split over the GPUs of a node."""
 TOY_SIDE_PX = {256: 64, 640: 96, 1328: 128}
 """Side of the squares that each stage of pretraining trains the tiny preset on."""
+SIDE = "side_px"
+"""What a checkpoint calls the side of the squares that its run was trained on."""
 NOTE = "init.json"
 """File of a run that says what it started from, and what its adapters belong to if it trains adapters."""
 COMPONENT_PARTS = ("text_encoder", "tokenizer", "vae", "scheduler", "processor")
@@ -137,10 +140,12 @@ class Source:
         """Side of the square whose area the model's pictures have, as it was trained."""
         if "size_px" in self.settings:
             return self.settings["size_px"]
-        if self.settings.get("data"):
-            from data_pipeline.dataset import read_fingerprint
-
-            return max(read_fingerprint(folder, growing=True).resolution for folder in self.settings["data"])
+        if self.is_ours and SIDE in (extra := checkpoint.read_state(self.checkpoint(thorough=False))["extra"]):
+            return extra[SIDE]
+        if data := self.settings.get("data"):
+            if gone := [str(folder) for folder in data if not folder.exists()]:
+                raise UserError(f"{self.path} does not say its size, and {', '.join(gone)}, which did, is gone")
+            return side_of_data(data)
         if self.kind == "lora":
             return self.base.side_px()
         if self.kind == "hub" or self.model_config().num_parameters > TOY_PARAMETERS:
@@ -176,6 +181,13 @@ def look(path: Path | str, base: Path | str | None = None) -> Source:
         return Source(folder, "hub")
     what = "holds no model (no checkpoints, no transformer/)" if folder.exists() else "does not exist"
     raise UserError(f"{path} {what}; give a run, a checkpoint, a diffusers folder or a hub id")
+
+
+def side_of_data(folders: Iterable[Path]) -> int:
+    """Side of the squares that the largest pictures of encoded data sets, whole or growing, have the area of."""
+    from data_pipeline.dataset import read_fingerprint
+
+    return max(read_fingerprint(folder, growing=True).resolution for folder in folders)
 
 
 def preset_of(config: MMDiTConfig) -> str | None:

@@ -27,7 +27,7 @@ from training.cost.step import Work
 from training.engine.config import EngineConfig, OptimizerConfig, ParallelConfig
 from training.loop import LoopConfig
 from training.plan import before_a_run, plan, prompt_tokens
-from training.source import BASE, LARGE_PARAMETERS, NOTE, TOY_PARAMETERS, Source, look
+from training.source import BASE, LARGE_PARAMETERS, NOTE, SIDE, TOY_PARAMETERS, Source, look, side_of_data
 
 if TYPE_CHECKING:
     from model.sampling.draw import Request
@@ -215,6 +215,8 @@ def start(config: type[RunConfig], algorithm: str) -> NoReturn:
 
 def main(given: RunConfig, algorithm: "str | type[Trainer]") -> None:
     """Train as `given` says; with several seeds, once for each."""
+    if given.seeds < 1:
+        raise UserError(f"--seeds {given.seeds}: a number of runs; the seed of a single one is --seed")
     config = given.completed()
     if config.dry_run:
         print(config.plan())
@@ -226,24 +228,15 @@ def main(given: RunConfig, algorithm: "str | type[Trainer]") -> None:
         if config.seeds == 1:
             train_once(config, kind, given.init)
         else:
-            train_seeds(config, kind, given.init)
+            from training.seeds import train_seeds
+
+            train_seeds(config, lambda one: train_once(one, kind, given.init))
     finally:
         device.stop()
 
 
-def train_seeds(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> None:
-    """Train once with each seed and compare the last scores."""
-    from training.seeds import compare
-
-    runs = []
-    for seed in range(config.loop.seed, config.loop.seed + config.seeds):
-        runs.append(config.out / f"seed-{seed}")
-        train_once(replace(config, seeds=1, out=runs[-1], loop=replace(config.loop, seed=seed)), kind, given)
-    compare(config.out, runs)
-
-
-def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> None:
-    """One run, from its starting weights or its newest checkpoint to its end."""
+def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> bool:
+    """One run, from its starting weights or its newest checkpoint to its end; returns what `loop.train` does."""
     from training.algorithm import Fixed
     from training.engine.checkpoint import list_checkpoints
     from training.engine.step import Engine
@@ -271,11 +264,14 @@ def train_once(config: RunConfig, kind: "type[Trainer]", given: Path | None) -> 
     for name, policy in trainer.frozen.items():
         engine.frozen.keep(name, policy)
     batches = trainer.batches()
-    train(engine, trainer, batches, config.loop, run_folder, _hooks(config, trainer, run_folder))
+    if engine.rank == 0 and getattr(config, "data", ()):
+        run_folder.facts[SIDE] = side_of_data(config.data)
+    stopped = train(engine, trainer, batches, config.loop, run_folder, _hooks(config, trainer, run_folder))
     if hasattr(batches, "close"):
         batches.close()
     if hasattr(trainer, "finished") and engine.rank == 0:
         trainer.finished(run_folder.path)
+    return stopped
 
 
 def _hooks(config: RunConfig, trainer: "Trainer", run_folder: Any) -> list:

@@ -125,12 +125,17 @@ def main(config: Config) -> None:
 
 def judged(config: Config, seed: int) -> Path:
     """Where the verdicts on a question's arms go."""
-    return config.out / "judged" / f"{config.question}-{config.steps}-{seed}"
+    return config.out / "judged" / f"{config.question}-{length(config)}-x{config.images_per_prompt}-{seed}"
 
 
 def folder(config: Config, arm: Arm, seed: int) -> Path:
     """Where an arm is trained."""
-    return config.out / f"{arm.name}-{config.steps}-{seed}".replace(" ", "-").replace(",", "")
+    return config.out / f"{arm.name}-{length(config)}-{seed}".replace(" ", "-").replace(",", "")
+
+
+def length(config: Config) -> str:
+    """Steps, and what they are of."""
+    return f"{config.steps}x{config.batch_size}-of-{config.pictures}"
 
 
 def train(config: Config, arm: Arm, seed: int) -> Path:
@@ -168,9 +173,12 @@ def table(config: Config, arms: list[Arm]) -> str:
     values: dict[str, list[float]] = {arm.name: [] for arm in arms}
     gains: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for seed in config.seeds:
-        found = [json.loads(file.read_text()) for file in judged(config, seed).glob("*/scores.json")]
+        files = sorted(judged(config, seed).glob("*/scores.json"), key=lambda file: file.stat().st_mtime)
+        found = [json.loads(file.read_text()) for file in files]
         alone = {data["source"]: only(data["suites"])["scores"]["strict"] for data in found if "suites" in data}
-        differences = [item for data in found for item in data.get("differences", {}).items()]
+        first = str(folder(config, arms[0], seed))
+        same = [data["differences"] for data in found if data.get("baseline") == first]
+        differences = [item for data in same for item in data.items()]
         change = {name: only(suites)["strict"] for name, suites in differences}
         for arm in arms:
             name = str(folder(config, arm, seed))

@@ -14,7 +14,8 @@ class RolloutConfig(RunConfig):
     prompts: Path | None = None
     """JSON lines {"prompt": ..., ...} to draw. Default: the shapes world's training prompts."""
     rewards: tuple[str, ...] = ("shapes_soft",)
-    """What judges a picture, as NAME or NAME=WEIGHT: shapes, shapes_soft, ocr, or your own as FILE.py:CLASS."""
+    """What judges a picture, as NAME or NAME=WEIGHT: shapes, shapes_soft, ocr, remote(url=URL), or your own as
+    FILE.py:CLASS."""
     prompts_per_update: int = 48
     group: int = 24
     """Pictures of each prompt, compared with each other (Flow-GRPO: 24 is stable, 12 and 6 collapse at scale)."""

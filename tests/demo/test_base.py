@@ -55,6 +55,16 @@ def test_a_copy_is_stored_in_one_type(tmp_path):
     assert config["dtype"] == config["text_config"]["dtype"] == "float32"
 
 
+def test_nothing_but_components_is_replaced(tmp_path):
+    run, parts = tmp_path / "run", tmp_path / "parts"
+    for folder in (run / "checkpoints", *(parts / part for part in ("vae", "tokenizer", "text_encoder"))):
+        folder.mkdir(parents=True)
+    for out, holds in ((run, "checkpoints"), (parts, "what --copy names")):
+        with pytest.raises(UserError, match=f"holds {holds}, which this would delete"):
+            main(Config(copy=parts, out=out))
+    assert (run / "checkpoints").is_dir() and len(list(parts.iterdir())) == 3
+
+
 def test_half_a_folder_is_refused_and_base_takes_no_data(tmp_path):
     (tmp_path / "vae").mkdir()
     with pytest.raises(UserError, match="no tokenizer and no text_encoder"):

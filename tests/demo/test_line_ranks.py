@@ -1,8 +1,11 @@
 """The line's commands: processes that torchrun would start, forked; what another recipe has left."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,19 @@ def test_ranks_are_told_what_torchrun_tells(tmp_path: Path):
 
 def test_a_rank_that_fails_ends_the_others(tmp_path: Path):
     assert run_command(tmp_path, "1") == 3
+
+
+def test_an_interruption_of_a_stage_that_ends_well_is_not_forgotten(tmp_path: Path):
+    """As of a trainer in its last step; the line would go on with the next stage."""
+    script = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: sys.exit(0))\n"
+    (tmp_path / "script.py").write_text(f"{script}pathlib.Path(sys.argv[1], 'begun').touch()\ntime.sleep(60)\n")
+    words = [str(tmp_path / "script.py"), str(tmp_path)]
+    code = f"import sys; from demo.line import run_command; sys.exit(run_command({words!r}))"
+    line = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    while not (tmp_path / "begun").exists() and line.poll() is None:
+        time.sleep(0.02)
+    os.killpg(line.pid, signal.SIGINT)
+    assert line.wait(60) == 130
 
 
 def test_what_another_recipe_has_left_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

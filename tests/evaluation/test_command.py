@@ -121,6 +121,8 @@ def test_the_vae_is_measured_alone(models, tmp_path, capsys):
     assert sum(measures["psnr"]["n"] for measures in table.values()) == 3
     assert all(0 < measures["psnr"]["value"] < 30 for measures in table.values()), "a random VAE"
     assert "psnr" in capsys.readouterr().out and (next(tmp_path.iterdir()) / "index.html").is_file()
+    main(Config(checkpoint=str(models[1]), suite=("vae",), limit=2, output=tmp_path))
+    assert sum(1 for _ in tmp_path.iterdir()) == 2, "another limit is another measurement"
     with pytest.raises(UserError, match="run of its own"):
         main(Config(suite=("vae", "shapes"), output=tmp_path))
 

@@ -30,6 +30,12 @@ def test_pictures_of_one_prompt_are_paired_in_order_and_scores_of_any_range_keep
     assert found["reward"]["value"] == 3.25 and found["reward"]["low"] < 3.25 < found["reward"]["high"]
 
 
+def test_a_validation_without_prompts_has_no_gain(tmp_path: Path):
+    for step in (0, 5):
+        measured(tmp_path / "validation", step, light=[0.5, 0.25])
+    assert gains(tmp_path) == {}
+
+
 @pytest.mark.parametrize("other", [{"prompt": ["r", "s"], "strict": [1.0, 1.0]}, {"prompt": ["p", "q"], "ocr": [1, 1]}])
 def test_another_validation_on_the_way_gives_no_gain(tmp_path: Path, other: dict):
     measured(tmp_path / "validation", 0, prompt=["p", "q"], strict=[0.0, 1.0])

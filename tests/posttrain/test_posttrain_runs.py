@@ -14,6 +14,7 @@ from worlds import run_world, start
 from training.engine.checkpoint import read_weights, resolve
 from training.engine.config import EngineConfig, ParallelConfig
 from training.run_folder import read_metrics
+from training.source import look
 
 GRPO = {"prompts_per_update": 2, "group": 3, "sampling_steps": 4, "window": 0, "cfg_scale": 2.0, "beta": 0.01}
 NFT = {"prompts_per_update": 2, "group": 3, "sampling_steps": 4, "levels": 2, "old_decay_rate": 0.5}
@@ -132,6 +133,9 @@ def test_several_seeds_are_run_and_compared(init, data, tmp_path):
     assert table["loss"]["mean"] == pytest.approx(sum(losses) / 2)
     assert table["loss"]["low"] < table["loss"]["mean"] < table["loss"]["high"]
     assert len(table["gain/loss"]["values"]) == 2 and table["held_out/loss"]["mean"] > 0
+    config = tmp_path / "sft" / "seed-0" / "config.toml"
+    config.write_text(config.read_text().replace(str(data), str(tmp_path / "gone")))
+    assert look(config.parent).side_px() == 32, "a run knows the size of data that are gone"
 
 
 def test_sft_learns_and_stays_with_what_it_started_from(init, data, tmp_path):

@@ -12,9 +12,11 @@ from worlds import run_world
 from data_pipeline.encoding import Encoder
 from data_pipeline.loader import Loader
 from data_pipeline.sample import EncodedSample
-from posttrain.preference import ITEMS_PER_SHARD, PairDataset, is_finished, list_judged, write_pairs
-from posttrain.rollout.prompts import read_prompts
+from model.sampling.guidance import Condition
+from posttrain.preference import ITEMS_PER_SHARD, PairDataset, PairDrawing, is_finished, list_judged, write_pairs
+from posttrain.rollout.prompts import Prompt, read_prompts
 from training.held_out import hold_out
+from training.randomness import Randomness
 from training.run_folder import read_metrics
 
 
@@ -93,6 +95,30 @@ def test_an_interrupted_folder_goes_on_and_is_the_same(tmp_path, encoder, one_pr
     for path in sorted((tmp_path / "whole").glob("*.tar")):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
     assert is_finished(tmp_path / "cut", {"a": 1})
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_peers_of_one_rank_ask_the_reward_once(speaks):
+    """Tensor-parallel peers draw the same pictures; a reward server should get them from one."""
+    asked = []
+
+    def reward(images, prompts, metadata):
+        asked.append(prompts)
+        return {"reward": torch.tensor([0.2, 0.9, 0.5])}
+
+    latent = torch.zeros(16, 1, 4, 4)
+    painter = SimpleNamespace(
+        device="cpu", latents=lambda requests: [latent + i for i in range(len(requests))],
+        decode=lambda latents: [torch.zeros(3, SIZE_PX, SIZE_PX) for _ in latents],
+    )  # fmt: skip
+    studio = SimpleNamespace(
+        painter=lambda sampler: painter, conditions=lambda texts: [Condition(torch.zeros(2, 128)) for _ in texts],
+        engine=SimpleNamespace(layout=SimpleNamespace(speaks=speaks)),
+    )  # fmt: skip
+    drawing = PairDrawing(studio, None, reward, SIZE_PX, pictures=3, min_gap=0.1, rng=Randomness(0))
+    found = [(sample.key, sample.latent.mean().item()) for sample in drawing.pairs([Prompt("a", "a cat", {})])]
+    assert found == ([("a-win", 1), ("a-lose", 0)] if speaks else [])
+    assert asked == ([["a cat"] * 3] if speaks else [])
 
 
 def test_pairs_made_otherwise_are_not_taken(tmp_path, encoder, one_process):

@@ -19,6 +19,7 @@ from data_pipeline.shards import write_raw
 from posttrain.sft import Config
 from training import demo_data
 from training.source import BASE
+from training.start import TOY_VALIDATION
 
 
 @pytest.fixture
@@ -71,6 +72,12 @@ def test_a_killed_making_goes_on_and_other_ranks_wait_for_its_end(begun: Path):
 def test_a_plan_names_the_data_and_makes_none(begun: Path, named: list[str]):
     config = replace(Config.defaults(named), dry_run=True).completed()
     assert config.data == (demo_data.encoded_folder(64),) and not config.data[0].exists()
+
+
+@pytest.mark.parametrize("given, kept", [(TOY_VALIDATION, None), ("mine.py:Mine", "mine.py:Mine")])
+def test_only_the_shapes_validation_yields_to_own_pictures(given: str, kept: str | None, tmp_path: Path):
+    config = replace(Config.defaults([]), dry_run=True, pictures=tmp_path, validation=given, out=tmp_path / "run")
+    assert config.completed().validation == kept
 
 
 def test_a_data_set_without_its_shards_is_not_taken_for_one(begun: Path, monkeypatch: pytest.MonkeyPatch):

@@ -29,13 +29,19 @@ class Settings:
 
 
 def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def goes_on(settings: Settings) -> None:
+        run = RunFolder(tmp_path, settings)
+        run.open(0)
+        run.close()
+
     run = RunFolder(tmp_path, Settings())
-    RunFolder(tmp_path, Settings(data="b"))  # nothing has been learnt yet
+    goes_on(Settings(data="b"))  # nothing has been learnt yet
     assert not capsys.readouterr().out
     (run.checkpoints / "step_00000001").mkdir()
-    RunFolder(tmp_path, Settings(data="b", loop=LoopConfig(steps=9)))  # longer: the same run
+    goes_on(Settings(data="b", loop=LoopConfig(steps=9)))  # longer: the same run
     assert not capsys.readouterr().out
-    RunFolder(tmp_path, Settings(data="c", engine=EngineConfig(optimizer=OptimizerConfig(lr=0.5))))
+    RunFolder(tmp_path, Settings(data="d"))  # refused before it could begin
+    goes_on(Settings(data="c", engine=EngineConfig(optimizer=OptimizerConfig(lr=0.5))))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in lines] == ["data was b, is c", "engine.optimizer.lr was 0.0001, is 0.5"]
 
@@ -53,6 +59,19 @@ def test_rows_can_be_read_while_a_run_goes_on(tmp_path: Path):
     again.log(3, {"samples": 4.0}, {"seconds": 0.5})
     assert read_rows(tmp_path / "speed.jsonl")[-1]["images"] == 12.0
     again.close()
+
+
+def test_a_row_cut_by_a_full_disk_is_dropped(tmp_path: Path):
+    run = RunFolder(tmp_path, Settings())
+    run.open(0)
+    run.log_scores("validation", 0, {"strict": 0.5})
+    run.close()
+    with (tmp_path / "validation.jsonl").open("a") as file:
+        file.write('{"step": 0, "stri')
+    again = RunFolder(tmp_path, Settings())
+    again.open(0)
+    again.close()
+    assert not (tmp_path / "validation.jsonl").read_text()
 
 
 def test_another_optimizer_has_no_state(tmp_path: Path):

@@ -61,11 +61,20 @@ def recognised(name: str, gib: float) -> Card | None:
 
 def in_this_machine() -> tuple[int, Card] | None:
     """(number, card) of this machine's GPUs, as nvidia-smi tells; None without any that plans know."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    rows = [row.rsplit(",", 1) for row in told.strip().splitlines()]
+    rows = [row.rsplit(",", 1) for row in _told("name,memory.total")]
     card = recognised(rows[0][0], float(rows[0][1]) / 1024) if rows else None
     return None if card is None else (len(rows), card)
+
+
+def count_gpus() -> int:
+    """How many GPUs are in this machine, known or not."""
+    return len(_told("name"))
+
+
+def _told(fields: str) -> list[str]:
+    """A line from nvidia-smi for each GPU; none without it."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
