@@ -9,7 +9,12 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"not installed ({missing}): run `make setup`, or `pip install -e . -c constraints.txt`") from None
 
-PROMPTS = ['a poster that says "HELLO"', "two red circles", "a blue square left of a green star", "a cup of coffee"]
+PROMPTS = [
+    "two red circles",
+    "a blue square left of a green star",
+    "a yellow triangle",
+    "a pink star and a purple circle",
+]
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,9 @@ class Config:
     out: Path = Path("runs/quick/report/compare.json")
     steps: int = 8
     cfg_scale: float = 4.0
-    height: int = 96
-    width: int = 64
+    height: int | None = None
+    """Pixels, a multiple of 16. Default: the side that the run was trained at."""
+    width: int | None = None
     tolerance: float = 1e-4
     """Largest difference allowed, of latents relative to their largest magnitude and of pixels in 0 to 1."""
 
@@ -43,11 +49,13 @@ def main(config: Config) -> None:
     from model.sampling.draw import Sampler
     from model.sampling.schedule import FixedSchedule
     from training.loading import load
+    from training.source import look
 
     ours = load(config.checkpoint, sampler=Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale))
     theirs = QwenImagePipeline.from_pretrained(config.export)
     theirs.set_progress_bar_config(disable=True)
-    size = (config.height, config.width)
+    side = look(config.checkpoint).side_px()
+    height, width = size = (config.height or side, config.width or side)
     latents = ours.latents(ours.requests(PROMPTS, [size] * len(PROMPTS), list(range(len(PROMPTS)))))
     worst, drawn = {"latents": 0.0, "pixels": 0.0}, ([], [])
     for seed, (prompt, latent) in enumerate(zip(PROMPTS, latents, strict=True)):
@@ -57,8 +65,8 @@ def main(config: Config) -> None:
                 prompt,
                 negative_prompt=" ",
                 true_cfg_scale=config.cfg_scale,
-                height=config.height,
-                width=config.width,
+                height=height,
+                width=width,
                 num_inference_steps=config.steps,
                 generator=torch.Generator().manual_seed(seed),
                 **output,

@@ -79,6 +79,11 @@ class RawSamples:
         return contact_sheet([picture for picture, _ in self.spread(count)], 12, 96)
 
 
+def ours(line: Path) -> bool:
+    """Whether the line draws its pictures itself."""
+    return (line / "data" / "raw" / "synthesis.json").exists()
+
+
 def reconstructions(line: Path, samples: RawSamples, count: int = 8, side: int = 144):
     """Rows: originals, image decoder, video decoder; or None before a VAE is there."""
     folder = next((line / f for f in ("image-decoder", "vae", "components") if (line / f / "vae").is_dir()), None)
@@ -134,7 +139,7 @@ def drawings(config: Config, samples: RawSamples):
 
     prompts = [caption for _, caption in samples.spread(config.captions)]
     captions = len(prompts)
-    if (config.line / "data" / "raw" / "synthesis.json").exists():
+    if ours(config.line):
         prompts += [p.text for p in shapes_prompts("validation")[: config.held_out]]
     seeds = list(range(len(prompts)))
     painter = load(runs[models[0]], sampler=Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale))
@@ -233,7 +238,7 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sheets = [samples.sheet(24)]
     page = {"stages": stage_table(config.line), "name": config.line.name, "config": config, "purposes": PURPOSES}
-    page["judged"] = judged(config.line)
+    page |= {"judged": judged(config.line), "ours": ours(config.line)}
     page["sheets"] = {
         n: png_address((f / "shapes-test-iid.png").read_bytes()) for n, f in verdicts(config.line).items()
     }
