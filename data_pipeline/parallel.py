@@ -1,6 +1,8 @@
 """A function over many items, in processes or in threads, the results in order."""
 
+import multiprocessing
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +29,10 @@ def map_ordered(function: Callable[[A], B], items: Iterable[A], workers: int, ch
         yield from map(function, items)
         return
     items = iter(items)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # ends OpenCV's threads: a worker forked beside them would wait for them for ever
-    with ProcessPoolExecutor(workers, initializer=_start) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start) as pool:
         pending: deque = deque()
         try:
             while True:

@@ -64,20 +64,24 @@ def run_command(command: list[str]) -> int:
     returns the exit status, of the first that failed if one did."""
     count, script = (int(command[2]), command[3:]) if command[0] == "torchrun" else (1, command)
     environments = ranks(count) if count > 1 else [{}]
-    running, failed, interrupted = {fork(script, environment) for environment in environments}, 0, False
-    while running:
-        try:
+    running, failed, interrupted = {fork(script, environment) for environment in environments}, 0, []
+    # The terminal sends Ctrl-C to the children as well: let them save.
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    try:
+        while running:
             pid, code = os.wait()
-        except KeyboardInterrupt:  # the terminal sent it to the children as well: let them save
-            interrupted = True
-            continue
-        running.discard(pid)
-        status = os.waitstatus_to_exitcode(code)
-        failed = failed or status
-        if status not in (0, 130):
-            for other in running:  # they would wait for it for ever
-                os.kill(other, signal.SIGKILL)
-    return failed or (130 if interrupted else 0)  # also if it came when they were all but finished
+            running.discard(pid)
+            status = os.waitstatus_to_exitcode(code)
+            failed = failed or status
+            if status not in (0, 130):
+                for other in running:  # they would wait for it for ever
+                    os.kill(other, signal.SIGKILL)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted and not failed:  # it came when they were all but finished
+        print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        return 130
+    return failed
 
 
 def ranks(count: int) -> list[dict[str, str]]:
@@ -120,7 +124,8 @@ def fork(command: list[str], environment: dict[str, str]) -> int:
 
 def fingerprint(stage: Stage, before: str) -> str:
     """Changes when the stage's command, what it reads of the user's, or any stage before it does."""
-    return hashlib.sha256(json.dumps([stage.name, stage.command, before, stage.reads]).encode()).hexdigest()[:16]
+    parts = [stage.name, stage.command, before, *([stage.reads] if stage.reads else [])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def run_line(line: list[Stage], out: Path) -> None:
@@ -135,7 +140,7 @@ def run_line(line: list[Stage], out: Path) -> None:
         title = f"[{number}/{len(line)}] {stage.name}: {stage.purpose}"
         if marker.exists():
             if json.loads(marker.read_text())["fingerprint"] != mark:
-                of = "other pictures" if stage.reads else "another recipe"
+                of = "other pictures or settings" if stage.reads else "another recipe"
                 raise UserError(f"{out} holds {stage.name} of {of}: delete the folder, or give another --out")
             print(f"{title} (finished before)", flush=True)
             continue
@@ -144,7 +149,7 @@ def run_line(line: list[Stage], out: Path) -> None:
         start = time.monotonic()
         status = run_command(stage.command)
         if status == 130:
-            raise SystemExit(130)  # the stage has said that it was interrupted
+            raise SystemExit(130)  # that it was interrupted has been said
         if status:
             raise UserError(f"stage {stage.name} ended with status {status}; mend the cause and run the same command")
         write_json(marker, {"fingerprint": mark, "seconds": round(time.monotonic() - start, 1)})
@@ -156,7 +161,8 @@ def run_line(line: list[Stage], out: Path) -> None:
 def lock(out: Path):
     """Hold the run folder; a second run of the same line waits until the first has ended."""
     handle = open(out / ".lock", "w")  # noqa: SIM115
-    os.register_at_fork(after_in_child=handle.close)  # a child that is left over holds no lock
+    if sys.platform == "linux":  # where children end with this process, and one that does not must hold no lock
+        os.register_at_fork(after_in_child=handle.close)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

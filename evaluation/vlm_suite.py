@@ -50,10 +50,10 @@ class VLMSuite:
         return sources[0] if sources else None
 
     def sources(self, prompt: Prompt, size: tuple[int, int]) -> list[np.ndarray]:
-        from PIL import Image
+        from data_pipeline.pictures import decode
 
         path = prompt.metadata.get("image")
-        return [] if path is None else [np.array(Image.open(Path(path)).convert("RGB"))]
+        return [] if path is None else [np.array(decode(Path(path).read_bytes()))]
 
     def constants(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
         return {}

@@ -40,7 +40,8 @@ def main(config: CurriculumConfig) -> None:
                 seen = samples_seen(stage.out, done)
                 say(f"stage {stage.res} is finished: {stage.out} (step {done:,}, {seen:,} samples seen)")
             else:
-                train_once(stage.completed(), algorithm, stage.init)
+                if train_once(stage.completed(), algorithm, stage.init):
+                    raise KeyboardInterrupt
                 gc.collect()  # the next stage needs the memory
     finally:
         device.stop()

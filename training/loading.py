@@ -84,7 +84,8 @@ def load(
     components = components or found.components()
     conditioner = Conditioner.from_folder(components, device, dtype)
     vae = VAE.from_folder(components, device, dtype)
-    settings = {"reference_area": min(REFERENCE_SIDE_PX, found.side_px()) ** 2} | settings
+    if "reference_area" not in settings:
+        settings["reference_area"] = min(REFERENCE_SIDE_PX, found.side_px()) ** 2
     return TextToImage(model.eval().requires_grad_(False), conditioner, vae, device, **settings)
 
 

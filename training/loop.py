@@ -73,7 +73,8 @@ def train(
     run: RunFolder,
     hooks: Sequence[Hook] = (),
 ) -> bool:
-    """Train until `config.steps` steps are done or `batches` end; returns whether a signal came in the last step.
+    """Train until `config.steps` steps are done or `batches` end; returns whether a signal came in the last
+    step, or while that was saved.
 
     SIGINT or SIGTERM lets the step end (and those after it that batches cannot be resumed within), saves, and raises
     KeyboardInterrupt; one that comes later does not wait.
@@ -92,7 +93,7 @@ def train(
     run.open(engine.step_count)
     known = in_this_machine() if engine.device.type == "cuda" else None
     peak_flops = None if known is None else known[1].flops * engine.world_size
-    saved, not_finite, stopping = engine.step_count if cursor is not None else None, 0, False
+    saved, not_finite = engine.step_count if cursor is not None else None, 0
     if engine.runs_ahead and hasattr(batches, "prepare"):
         batches.prepare = lambda batch: engine.prepare(algorithm, batch, rng)
 
@@ -152,7 +153,7 @@ def train(
         if saved != engine.step_count:
             save(engine, batches.state_dict(), run, config)
     run.close()
-    return stopping
+    return engine.any_rank(interrupted())
 
 
 def speed_of(

@@ -37,9 +37,10 @@ def encode_pictures(pictures: Path, components: Path, side_px: int, out: Path, *
 
 
 def stamp(folder: Path) -> dict[str, list[int]]:
-    """Size and time of every file of a folder; changes when one of them does."""
-    found = ((p, p.stat()) for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): [s.st_size, s.st_mtime_ns] for p, s in found}
+    """Size and time of a file, or of every file of a folder that is not hidden; changes when one of them does."""
+    names = [p.relative_to(folder) for p in (sorted(folder.rglob("*")) if folder.is_dir() else [folder]) if p.is_file()]
+    found = ((n, (folder / n).stat()) for n in names if not any(part.startswith(".") for part in n.parts))
+    return {str(n): [s.st_size, s.st_mtime_ns] for n, s in found}
 
 
 def _noted(note: Path) -> dict | None:

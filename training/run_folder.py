@@ -73,7 +73,7 @@ class RunFolder:
     def open(self, step: int) -> None:
         """Begin to log after `step`: rows of later steps, from a run that died since, are cut off.
 
-        Nothing can refuse to go on any more, so the settings of a run that does are written, and what changed is said.
+        Nothing refuses to go on after that, so the settings of a run that does are written, and what changed is said.
         """
         if not self.writes:
             return
@@ -84,19 +84,20 @@ class RunFolder:
         kept = rows[:step]
         if any(json.loads(row)["step"] != i for i, row in enumerate(kept, 1)) or len(kept) < step:
             raise ValueError(f"{file} does not hold one row for each of {step} steps; restore it or start a new run")
+        _replace(file, kept)
+        self.images = sum(json.loads(row).get("samples") or 0 for row in kept)
+        for measured in (self.path / f"{name}.jsonl" for name in MEASURES):
+            if measured.exists():
+                _replace(measured, [row for row in whole_rows(measured) if json.loads(row)["step"] <= step and step])
+        speed = self.path / "speed.jsonl"
+        if speed.exists():
+            _replace(speed, whole_rows(speed))
         if self._before is not None:
             settings = self.path / "config.toml"
             write_toml(self._config, settings)
             for line in changes(self._before, read_toml(settings)):
                 print(f"{self.path} goes on with other settings: {line}", flush=True)
-        _replace(file, kept)
-        self.images = sum(json.loads(row).get("samples") or 0 for row in kept)
-        for measured in (self.path / f"{name}.jsonl" for name in MEASURES):
-            if measured.exists():
-                rows = [r for r in measured.read_text().splitlines(keepends=True) if r.endswith("\n")]  # none cut
-                _replace(measured, [row for row in rows if json.loads(row)["step"] <= step and step])
-        self._metrics = file.open("a")
-        self._speed = (self.path / "speed.jsonl").open("a")
+        self._metrics, self._speed = file.open("a"), speed.open("a")
         self._board = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
@@ -169,6 +170,11 @@ def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> li
 def _row(step: int, values: dict[str, float]) -> str:
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return json.dumps({"step": step, **finite}) + "\n"
+
+
+def whole_rows(file: Path) -> list[str]:
+    """The lines of a file but a last one that a full disk cut."""
+    return [row for row in file.read_text().splitlines(keepends=True) if row.endswith("\n")]
 
 
 def _replace(file: Path, rows: list[str]) -> None:

@@ -144,7 +144,9 @@ class Source:
             return extra[SIDE]
         if data := self.settings.get("data"):
             if gone := [str(folder) for folder in data if not folder.exists()]:
-                raise UserError(f"{self.path} does not say its size, and {', '.join(gone)}, which did, is gone")
+                raise UserError(
+                    f"{self.path} does not say its size, and {', '.join(gone)}, which did, is gone: put it back"
+                )
             return side_of_data(data)
         if self.kind == "lora":
             return self.base.side_px()

@@ -125,7 +125,8 @@ def main(config: Config) -> None:
 
 def judged(config: Config, seed: int) -> Path:
     """Where the verdicts on a question's arms go."""
-    return config.out / "judged" / f"{config.question}-{length(config)}-x{config.images_per_prompt}-{seed}"
+    more = "" if config.images_per_prompt == Config.images_per_prompt else f"-{config.images_per_prompt}-pictures"
+    return config.out / "judged" / f"{config.question}-{length(config)}{more}-{seed}"
 
 
 def folder(config: Config, arm: Arm, seed: int) -> Path:
@@ -134,8 +135,9 @@ def folder(config: Config, arm: Arm, seed: int) -> Path:
 
 
 def length(config: Config) -> str:
-    """Steps, and what they are of."""
-    return f"{config.steps}x{config.batch_size}-of-{config.pictures}"
+    """Steps, and what they are of where that is unusual."""
+    usual = (config.batch_size, config.pictures) == (Config.batch_size, Config.pictures)
+    return f"{config.steps}" if usual else f"{config.steps}x{config.batch_size}-of-{config.pictures}"
 
 
 def train(config: Config, arm: Arm, seed: int) -> Path:

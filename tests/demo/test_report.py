@@ -43,7 +43,16 @@ def test_changed_pictures_are_another_line(tmp_path: Path):
     first = line()
     assert first == line() and "--skip-bad" not in first.command and "--skip-bad" in line(skip_bad=True).command
     (tmp_path / "a.txt").write_text("a red picture")
-    assert line().command == first.command and line().reads != first.reads
+    second = line().reads
+    assert line().command == first.command and second != first.reads
+    (tmp_path / ".DS_Store").touch()
+    assert line().reads == second
+    tar = tmp_path / "a.tar"
+    tar.touch()
+    of_tar = lambda: recipes.stages(recipes.RECIPES["demo"], Path("out"), tar)[0].reads  # noqa: E731
+    empty = of_tar()
+    tar.write_bytes(b"more")
+    assert of_tar() != empty
 
 
 @pytest.mark.parametrize("gpus, processes", [(0, 2), (1, None), (2, 2), (8, 2)])

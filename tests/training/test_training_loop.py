@@ -22,6 +22,8 @@ from training.engine.device import peak_memory
 from training.flow_matching import VelocityMSE
 from training.loop import LoopConfig, speed_of
 from training.run_folder import read_metrics
+from training.seeds import train_seeds
+from training.start import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,27 @@ def test_a_signal_saves_and_ends_the_run(undisturbed: Path, tmp_path: Path, numb
     assert count_rows(tmp_path) == 6
     run_world(1, run_loop, tmp_path, CONFIGURATION)
     assert_same_run(undisturbed, tmp_path)
+
+
+def signalled_at_the_end(rank: int, folder: Path) -> bool:
+    import training.loop
+
+    told, whole = [], training.loop.train
+    training.loop.train = lambda *a: told.append(whole(*a))
+    train(folder, CONFIGURATION, hooks=[At(lambda: os.kill(os.getpid(), signal.SIGTERM), (CONFIGURATION.steps,))])
+    return told[0]
+
+
+def test_a_signal_in_the_last_step_is_told(undisturbed: Path, tmp_path: Path):
+    assert run_world(1, signalled_at_the_end, tmp_path) == [True]
+    assert_same_run(undisturbed, tmp_path)
+
+
+def test_and_no_other_seed_is_begun(tmp_path: Path):
+    begun = []
+    with pytest.raises(KeyboardInterrupt):
+        train_seeds(RunConfig(out=tmp_path, seeds=3), lambda one: begun.append(one.out) or True)
+    assert begun == [tmp_path / "seed-0"]
 
 
 @dataclass

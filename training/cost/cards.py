@@ -1,5 +1,6 @@
 """GPUs that plans know, from their makers' data sheets, and which of them are in this machine."""
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass, replace
@@ -67,8 +68,9 @@ def in_this_machine() -> tuple[int, Card] | None:
 
 
 def count_gpus() -> int:
-    """How many GPUs are in this machine, known or not."""
-    return len(_told("name"))
+    """How many GPUs a process sees here, whether plans know them or not."""
+    here, seen = len(_told("name")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return here if seen is None else min(here, len([name for name in seen.split(",") if name.strip()]))
 
 
 def _told(fields: str) -> list[str]:
