@@ -1,6 +1,7 @@
 """Bring your own data into the line: a folder of pictures with captions, or webdataset tars, to raw shards.
 
-A caption is NAME.txt or NAME.json ("caption") beside NAME.jpg (or png, webp, bmp, tif, gif). Run it again to go on.
+A caption is NAME.txt or NAME.json ("caption") beside NAME.jpg (or png, webp, avif, bmp, tif, gif). Run it again to
+go on.
 """
 
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ def main(config: Config) -> None:
     if tars and pictures:
         raise UserError(f"{config.data} holds both tars and loose pictures; give a folder with one kind")
     if not tars and not pictures:
-        raise UserError(f"{config.data} holds no pictures (jpg, png, webp, bmp, tif, gif) and no tars")
+        raise UserError(f"{config.data} holds no pictures (jpg, png, webp, avif, bmp, tif, gif) and no tars")
     if config.dry_run:
         print(f"{len(tars)} tars" if tars else f"{len(pictures)} pictures", f"of {config.data} -> {config.out}")
         return
@@ -66,7 +67,7 @@ def ingest_tars(tars: list[Path], config: Config):
     """Write a raw shard of each tar, passing over what is damaged."""
     from data_pipeline.shard_stage import ShardStage, file_stamp
     from data_pipeline.shards import Problem, shard_name, write_raw
-    from data_pipeline.user_data import read_tar
+    from data_pipeline.user_data import name_of, read_tar
 
     sources = {shard_name(i): tar for i, tar in enumerate(tars)}
     inputs = {
@@ -77,7 +78,9 @@ def ingest_tars(tars: list[Path], config: Config):
     with progress(len(sources), "ingest", "tar", done=len(sources) - len(stage.pending())) as bar:
         for name in stage.pending():
             problems: list[Problem] = []
-            n = write_raw(stage.target(name), read_tar(sources[name], problems.append))
+            tar = sources[name]
+            of = name_of(tar.with_suffix(""), config.data) if config.data.is_dir() else None
+            n = write_raw(stage.target(name), read_tar(tar, problems.append, of))
             stage.finish(name, {"samples": n, "skipped": [asdict(p) for p in problems]})
             bar.update()
     return stage
@@ -89,9 +92,9 @@ def ingest_pictures(pictures: dict[Path, list[Path]], config: Config):
 
     from data_pipeline.shard_stage import ShardStage
     from data_pipeline.shards import Problem, shard_name, write_raw
-    from data_pipeline.user_data import PictureFile
+    from data_pipeline.user_data import PictureFile, find_unread, name_of
 
-    files = [PictureFile(path, str(path.relative_to(config.data)), tuple(parts)) for path, parts in pictures.items()]
+    files = [PictureFile(path, name_of(path, config.data), tuple(parts)) for path, parts in pictures.items()]
     groups = {
         shard_name(i): files[at : at + config.shard_size]
         for i, at in enumerate(range(0, len(files), config.shard_size))
@@ -101,12 +104,17 @@ def ingest_pictures(pictures: dict[Path, list[Path]], config: Config):
     )
     pending = stage.pending()
     bad = check([file for name in pending for file in groups[name]])
-    if bad and not config.skip_bad:
-        listed = "; ".join(f"{name} {what}" for name, what in list(bad.items())[:LISTED])
-        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+    unread = dict.fromkeys(find_unread(config.data), "is of a kind that is not read; save it as jpg or png")
+    wrong = bad | unread
+    if wrong and not config.skip_bad:
+        listed = "; ".join(f"{name} {what}" for name, what in list(wrong.items())[:LISTED])
+        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
         raise UserError(
-            f"{len(bad)} of {len(files)} pictures: {listed}{more}. Mend them, or leave them out with --skip-bad"
+            f"{len(wrong)} of {len(files) + len(unread)} pictures: {listed}{more}. Mend them, or leave them out with "
+            "--skip-bad"
         )
+    if unread:
+        print(f"left out {len(unread)} files of kinds that are not read, as {next(iter(unread))}")
     config.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:
         for name in pending:

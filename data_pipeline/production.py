@@ -91,6 +91,8 @@ def produce(config: Production) -> None:
         failed = encode_shards(stage, claims, may_begin, sources, replace(encoder, filters=filters), config.deadline_s)
         records = stage.records()
         say_skipped(records, config.out)
+        if cut := sum(record.get("cut", 0) for record in records):
+            print(f"{cut} captions have {encoder.conditioner.max_length} tokens or more; what is beyond was cut")
         samples = sum(record["samples"] for record in records)
         if failed:
             raise UserError(f"{len(failed)} shards could not be made; run this again for them. The first: {failed[0]}")
@@ -153,6 +155,14 @@ def inline_filters(config: Production, stages: tuple):
     return filters
 
 
+def count_cut(shard: Path, limit: int) -> int:
+    """Samples of an encoded shard whose texts fill all tokens that a prompt without pictures may have."""
+    from data_pipeline.tar_index import tar_index
+
+    shapes = (entry.shapes for entry in tar_index(shard).entries)
+    return sum(shape.get("txt", (0,))[0] >= limit and "reference.0" not in shape for shape in shapes)
+
+
 def encode_shards(stage, claims, may_begin, sources, encoder, deadline_s: float) -> list[str]:
     """Encode shards until all are there, with a progress bar over the samples that were not; returns why some could
     not be read."""
@@ -179,6 +189,8 @@ def encode_shards(stage, claims, may_begin, sources, encoder, deadline_s: float)
                 continue
             bar.total += n - expected.pop(name, 0)
             record = {"samples": n, "skipped": [asdict(p) for p in problems]}
+            if cut := count_cut(stage.target(name), encoder.conditioner.max_length):
+                record["cut"] = cut
             stage.finish(name, record | ({"dropped": dict(sorted(dropped.items()))} if encoder.filters else {}))
         bar.update(max(0, bar.total - bar.n))  # what others have made meanwhile
     return failed

@@ -4,8 +4,10 @@ Writing the same samples gives the same bytes. A shard appears whole or not at a
 and reports it. Nothing is pickled, and nothing is ever unpickled.
 """
 
+import filecmp
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -226,16 +228,21 @@ def _write(path: Path, samples: Iterable[dict]) -> list[Entry]:
 
     remove_leftovers(path)
     written: dict[str, Entry] = {}
-    with atomic_file(path) as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-        for members in samples:
-            key = members.pop("__key__")
-            if key in written:
-                raise ValueError(f"{path.name}: the key {key} comes twice")
-            written[key] = Entry(key, {})
-            for ext, data in sorted(members.items()):
-                tar.write({"__key__": key, ext: data})
-                padded = -(-len(data) // BLOCK) * BLOCK
-                written[key].members[ext] = (tar.tarstream.offset - padded, len(data))
+    with atomic_file(path) as file:
+        with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+            for members in samples:
+                key = members.pop("__key__")
+                if key in written:
+                    raise ValueError(f"{path.name}: the key {key} comes twice")
+                written[key] = Entry(key, {})
+                for ext, data in sorted(members.items()):
+                    tar.write({"__key__": key, ext: data})
+                    padded = -(-len(data) // BLOCK) * BLOCK
+                    written[key].members[ext] = (tar.tarstream.offset - padded, len(data))
+        file.flush()
+        if path.exists() and filecmp.cmp(path, file.name, shallow=False):  # the same file, so of the same time
+            times = path.stat()
+            os.utime(file.name, ns=(times.st_atime_ns, times.st_mtime_ns))
     return list(written.values())
 
 

@@ -8,6 +8,7 @@ instruction.
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from data_pipeline.shards import OnProblem, Problem, read_members, read_record
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "jfif", "jpe", "avif")
+CAPTIONS = ("txt", "json")
 _PNG = b"\x89PNG"
 _PARTS = {"source": "reference", "input": "reference", "before": "reference", "output": "target", "after": "target"}
 _PART = re.compile(
@@ -41,8 +43,7 @@ def find_tars(data: Path) -> list[Path]:
 
 def find_pictures(data: Path) -> dict[Path, list[Path]]:
     """The picture files in a folder and the folders below it, by path, each with its references and mask, if any."""
-    visible = lambda p: not any(part.startswith(".") for part in p.relative_to(data).parts)  # noqa: E731
-    files = sorted(p for p in data.rglob("*") if p.suffix[1:].lower() in PICTURES and p.is_file() and visible(p))
+    files = [file for file in list_files(data) if file.suffix[1:].lower() in PICTURES]
     stems = {p.with_suffix("") for p in files}
     found: dict[Path, list[Path]] = {}
     parts: dict[Path, list[Path]] = {}
@@ -53,6 +54,31 @@ def find_pictures(data: Path) -> dict[Path, list[Path]]:
         else:
             found[file] = parts.setdefault(file.with_suffix(""), [])
     return found
+
+
+def find_unread(data: Path) -> list[str]:
+    """Names of captioned files in a folder that are of no kind that is read, where no picture of that name is."""
+    kinds: dict[Path, set[str]] = {}
+    for file in list_files(data):
+        kinds.setdefault(file.with_suffix(""), set()).add(file.suffix[1:])
+    found = []
+    for stem, suffixes in kinds.items():
+        lower = {suffix.lower() for suffix in suffixes}
+        if lower & set(CAPTIONS) and not lower & {*PICTURES, "tar"}:
+            others = sorted(suffix for suffix in suffixes if suffix and suffix.lower() not in CAPTIONS)
+            found += [name_of(stem.with_name(f"{stem.name}.{suffix}"), data) for suffix in others]
+    return found
+
+
+def name_of(path: Path, folder: Path) -> str:
+    """A path below a folder, as text that can be printed and stored even if its bytes are no UTF-8."""
+    return os.fsencode(path.relative_to(folder)).decode(errors="backslashreplace")
+
+
+def list_files(data: Path) -> list[Path]:
+    """The files in a folder and the folders below it that are not hidden, by path."""
+    visible = lambda p: not any(part.startswith(".") for part in p.relative_to(data).parts)  # noqa: E731
+    return sorted(p for p in data.rglob("*") if p.is_file() and visible(p))
 
 
 @dataclass(frozen=True)
@@ -68,23 +94,27 @@ class PictureFile:
     @property
     def caption_files(self) -> list[Path]:
         """Those that exist, the text first."""
-        return [p for p in (self.path.with_suffix(".txt"), self.path.with_suffix(".json")) if p.is_file()]
+        written = [[self.path.with_suffix(f".{kind}"), self.path.with_suffix(f".{kind.upper()}")] for kind in CAPTIONS]
+        return [file for files in written if (file := next((f for f in files if f.is_file()), None)) is not None]
 
     def read(self) -> RawSample:
         """The sample; ValueError says what is wrong with it. The picture is decoded to see that it is whole."""
-        texts = {p.suffix[1:]: p.read_bytes() for p in self.caption_files}
+        texts = {p.suffix[1:].lower(): p.read_bytes() for p in self.caption_files}
         if not texts:
             raise ValueError(f"has no caption; write one to {Path(self.name).with_suffix('.txt')}")
         pictures = {p.name[len(self.path.stem) + 1 :].lower(): p.read_bytes() for p in (self.path, *self.parts)}
         return sample_of(self.name, texts | pictures)
 
 
-def read_tar(tar: Path, on_problem: OnProblem) -> Iterator[RawSample]:
-    """The samples of a foreign tar; damage and samples that cannot be used go to `on_problem` and are passed over."""
+def read_tar(tar: Path, on_problem: OnProblem, of: str | None = None) -> Iterator[RawSample]:
+    """The samples of a foreign tar; damage and samples that cannot be used go to `on_problem` and are passed over.
+
+    `of` stands before their names, in place of the tar's own name: tars in several folders may have one.
+    """
     for members in read_members(tar, on_problem):
         name = members["__key__"]
         try:
-            yield sample_of(f"{tar.stem}/{name}", members)
+            yield sample_of(f"{of or tar.stem}/{name}", members)
         except ValueError as error:
             on_problem(Problem(tar.name, name, str(error)))
 
@@ -162,7 +192,9 @@ def _record(texts: dict[str, bytes]) -> dict:
             raise ValueError(f"its .json is broken ({error})") from None
     if "txt" in texts:
         try:
-            record["caption"] = texts["txt"].decode("utf-8-sig").strip()
+            text = texts["txt"].decode("utf-8-sig").strip()
+            if text or "caption" not in record:
+                record["caption"] = text
         except UnicodeDecodeError:
             raise ValueError("its .txt is not UTF-8") from None
     caption = record.get("caption")

@@ -167,6 +167,8 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0, skip_bad
         if recipe.components is not None:
             where += ["--max-tokens", 16384, "--save-every", 250, "--final-lr-ratio", 0.01, "--held-out", 0]
             where += fast_flags(data is None)
+        else:
+            where += ["--held-out", 0]
         return train(f"pretrain-{res}", f"flow matching, stage {res}", "pretrain/stage.py", steps, *where, *more)
 
     def judge(run: str) -> list[Stage]:
@@ -201,7 +203,9 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0, skip_bad
         make_components = [stage("components", "the shipped tokenizer, text encoder and VAE", *shipped)]
     sft_data = ["--data", encoded[640], "--init", out / "pretrain-640", "--batch-size", recipe.batch_size]
     # Pretraining has seen every sample, so none is left to hold out.
-    sft_data += ["--held-out", 0, "--dtype", fast_dtype()] if recipe.components is not None else []
+    sft_data += ["--held-out", 0, *(["--dtype", fast_dtype()] if recipe.components is not None else [])]
+    # Pictures of a model of the user's own differ little by the reward of shapes.
+    flags_dpo = recipe.flags_dpo if data is None or recipe.flags_dpo else ("--min-gap", "1e-3")
     return [
         source,
         page("data"),
@@ -215,7 +219,7 @@ def stages(recipe: Recipe, out: Path, data: Path | None, seed: int = 0, skip_bad
         pretrain(640, steps_640, "--init", out / "pretrain-256", *recipe.flags_640),
         train("sft", "supervised fine-tuning", "posttrain/sft.py", recipe.sft_steps, *sft_data),
         train("dpo", "direct preference optimisation", "posttrain/dpo.py", recipe.dpo_steps,
-              "--init", out / "sft", "--num-pairs", recipe.dpo_pairs, *recipe.flags_dpo),
+              "--init", out / "sft", "--num-pairs", recipe.dpo_pairs, *flags_dpo),
         train("grpo", "Flow-GRPO", "posttrain/flow_grpo.py", recipe.grpo_steps,
               "--init", out / "dpo", *recipe.flags_grpo),
         *judge("grpo"),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import tomllib
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from data_pipeline.sample import RawSample
+
 MODELS = ["pretrain-256", "pretrain-640", "sft", "dpo", "grpo"]
 TRAINED = ["vae", "image-decoder", *MODELS]
 PURPOSES = {
@@ -34,6 +37,8 @@ PURPOSES = {
 }
 """What each stage is for."""
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
+LARGEST_PX = 512
+"""Side to which larger pictures are shrunk before the page makes small ones of them."""
 BASE_SHEETS = {"as shipped": "base-64px.png", "after Flow-GRPO": "base-grpo-64px.png"}
 """Of the base, made once (base/README.md says how): the first 64 validation prompts."""
 
@@ -52,31 +57,44 @@ class Config:
 
 
 class RawSamples:
-    """The raw samples of a line; only those that are shown are read."""
+    """The samples of a folder of raw shards; only those that are shown are read."""
 
-    def __init__(self, line: Path):
+    def __init__(self, folder: Path):
         from data_pipeline.shards import list_shards
         from data_pipeline.tar_index import tar_index
 
-        self._places = [(s, entry) for s in list_shards(line / "data" / "raw") for entry in tar_index(s).entries]
+        self._places = [(s, entry) for s in list_shards(folder) for entry in tar_index(s).entries]
 
-    def spread(self, count: int) -> "list[tuple[Image, str]]":
-        """Picture and caption of `count` of them at random, the same ones each time; broken ones are left out."""
-        from data_pipeline.pictures import decode
+    def spread(self, count: int) -> "Iterator[RawSample]":
+        """`count` of them at random, the same ones each time; broken ones are left out."""
         from data_pipeline.shards import raw_sample
 
-        found = []
         for shard, entry in random.Random(0).sample(self._places, min(count, len(self._places))):
             with suppress(ValueError):
-                sample = raw_sample(shard, entry)
-                found.append((decode(sample.image), sample.meta["caption"]))
+                yield raw_sample(shard, entry)
+
+    def captions(self, count: int) -> list[str]:
+        """Captions of `count` of them, but of edits, which need a picture."""
+        return [sample.meta["caption"] for sample in self.spread(count) if not sample.references]
+
+    def pictures(self, count: int) -> "list[Image]":
+        """Pictures of `count` of them, large ones shrunk. UserError if none can be decoded."""
+        from data_pipeline.pictures import decode
+
+        found = []
+        for sample in self.spread(count):
+            with suppress(ValueError):
+                found.append(decode(sample.image))
+                found[-1].thumbnail((LARGEST_PX, LARGEST_PX))
+        if not found:
+            raise UserError("none of the pictures can be decoded")
         return found
 
     def sheet(self, count: int) -> "Image":
         """So many of the pictures."""
         from data_pipeline.page import contact_sheet
 
-        return contact_sheet([picture for picture, _ in self.spread(count)], 12, 96)
+        return contact_sheet(self.pictures(count), 12, 96)
 
 
 def ours(line: Path) -> bool:
@@ -97,7 +115,7 @@ def reconstructions(line: Path, samples: RawSamples, count: int = 8, side: int =
     from vae.autoencoder import VAE
 
     vae = VAE.from_folder(folder)
-    originals = [ImageOps.fit(picture, (side, side)) for picture, _ in samples.spread(count)]
+    originals = [ImageOps.fit(picture, (side, side)) for picture in samples.pictures(count)]
     pixels = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 127.5 - 1 for p in originals])
     rows, names = [originals], ["original"]
     decoders = ["image", "video"] if (folder / "vae_video").is_dir() else ["image"]
@@ -137,7 +155,7 @@ def drawings(config: Config, samples: RawSamples):
     from training.loading import load
     from training.source import look
 
-    prompts = [caption for _, caption in samples.spread(config.captions)]
+    prompts = samples.captions(config.captions)
     captions = len(prompts)
     if ours(config.line):
         prompts += [p.text for p in shapes_prompts("validation")[: config.held_out]]
@@ -234,7 +252,7 @@ def main(config: Config) -> None:
     from demo.pictures import data_uri, stack
     from files import atomic_file, write_json
 
-    samples, folder = RawSamples(config.line), config.line / "report"
+    samples, folder = RawSamples(config.line / "data" / "raw"), config.line / "report"
     folder.mkdir(parents=True, exist_ok=True)
     sheets = [samples.sheet(24)]
     page = {"stages": stage_table(config.line), "name": config.line.name, "config": config, "purposes": PURPOSES}
@@ -250,7 +268,7 @@ def main(config: Config) -> None:
         sheets.append(picture)
     if plot := curves(config.line):
         page["curves"] = data_uri(plot)
-    if drawn := drawings(config, samples):
+    if drawn := drawings(config, RawSamples(config.line / "data" / "curated")):
         rows, page["models"], page["prompts"], page["captions"] = drawn
         page["drawings"] = [[data_uri(picture) for picture in row] for row in rows]
         sheets.append(contact_sheet([p for row in rows for p in row], len(rows[0]), 128))

@@ -67,10 +67,10 @@ class Config(DataConfig):
 
     def with_pictures(self, config: "Config") -> "Config":
         """The config with the user's pictures encoded. UserError for what does not go with them."""
-        if config.data or config.raw is not None:
-            raise UserError("--pictures stands in place of --data and --raw: give one of them")
         side = picture_side(config.size_px, config.source)
         encoded = config.out / "data" / f"encoded-{side}"
+        if config.data not in ((), (encoded,)) or config.raw is not None:  # a run's config.toml names both
+            raise UserError("--pictures stands in place of --data and --raw: give one of them")
         if not config.dry_run:
             more = ("--skip-bad",) if config.skip_bad else ()
             encoded = encode_pictures(config.pictures, config.components, side, config.out / "data", *more)

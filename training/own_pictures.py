@@ -37,10 +37,13 @@ def encode_pictures(pictures: Path, components: Path, side_px: int, out: Path, *
 
 
 def stamp(folder: Path) -> dict[str, list[int]]:
-    """Size and time of a file, or of every file of a folder that is not hidden; changes when one of them does."""
-    names = [p.relative_to(folder) for p in (sorted(folder.rglob("*")) if folder.is_dir() else [folder]) if p.is_file()]
-    found = ((n, (folder / n).stat()) for n in names if not any(part.startswith(".") for part in n.parts))
-    return {str(n): [s.st_size, s.st_mtime_ns] for n, s in found}
+    """Size and time of a tar, or of all pictures, captions and tars of a folder; changes when one of them does."""
+    from data_pipeline.user_data import CAPTIONS, PICTURES, list_files, name_of
+
+    kinds = {*PICTURES, *CAPTIONS, "tar"}
+    files = list_files(folder) if folder.is_dir() else [folder]
+    found = ((name_of(p, folder), p.stat()) for p in files if p.suffix[1:].lower() in kinds)
+    return {name: [s.st_size, s.st_mtime_ns] for name, s in found}
 
 
 def _noted(note: Path) -> dict | None:

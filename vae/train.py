@@ -147,6 +147,9 @@ def main(config: Config) -> None:
         batches = Loader(
             dataset, config.batch_size, engine.dp_rank, engine.dp_size, config.loop.seed, config.max_frames
         )
+        rng = Randomness(config.loop.seed)
+        # The reader's thread cuts the crops: whole pictures, which may be large, don't wait in memory.
+        batches.prepare = lambda batch: engine.prepare(objective, batch, rng)
         objective = Reconstruction(
             config.crop,
             config.size,

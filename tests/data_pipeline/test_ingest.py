@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -52,6 +53,48 @@ def test_a_folder_becomes_shards(folder: Path, ingest, tmp_path: Path):
         if source.suffix in (".jpg", ".JPEG", ".png"):
             assert sample.image == source.read_bytes()
         assert np.array_equal(np.asarray(decode(sample.image)), np.asarray(Image.open(source).convert("RGB")))
+
+
+def test_names_of_other_systems(ingest, tmp_path: Path, photograph: np.ndarray):
+    """Suffixes in capitals, names whose bytes are no UTF-8, a blank text beside a record with the caption."""
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    picture = io.BytesIO()
+    Image.fromarray(photograph[:60, :90]).save(picture, "JPEG")
+    for name in ("IMG_1.JPG", os.fsdecode(b"caf\xe9.jpg"), "c.jfif"):
+        (folder / name).write_bytes(picture.getvalue())
+    (folder / "IMG_1.TXT").write_text("one")
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("two")
+    (folder / "c.txt").write_text(" \n")
+    (folder / "c.json").write_text('{"caption": "three"}')
+    result = ingest(folder, out)
+    assert result.returncode == 0, result.stderr
+    found = {s.meta["caption"]: s.meta["file"] for s in samples(out)}
+    assert found == {"one": "IMG_1.JPG", "two": "caf\\xe9.jpg", "three": "c.jfif"}
+
+
+def test_captioned_pictures_of_unread_kinds_are_named(ingest, tmp_path: Path, photograph: np.ndarray):
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    Image.fromarray(photograph[:60, :90]).save(folder / "a.png")
+    for name in ("a.txt", "b.heic", "b.txt", "notes.txt", "a.xmp", "c.mov"):
+        (folder / name).write_text("a text")
+    result = ingest(folder, out)
+    assert result.returncode == 2 and "1 of 2 pictures: b.heic is of a kind that is not read" in result.stderr
+    result = ingest(folder, out, "--skip-bad")
+    assert result.returncode == 0 and "left out 1 files" in result.stdout and len(samples(out)) == 1
+
+
+def test_shards_that_are_written_again_alike_are_the_same(folder: Path, ingest, tmp_path: Path):
+    """As of a folder that was copied without its times: what was made of them is not made again."""
+    out = tmp_path / "out"
+    times = []
+    for _ in range(2):
+        assert ingest(folder, out).returncode == 0
+        times.append([shard.stat().st_mtime_ns for shard in list_shards(out)])
+        for file in folder.rglob("*.*"):
+            os.utime(file, ns=(1, 1))
+    assert times[0] == times[1]
 
 
 def test_a_second_run_writes_nothing_and_a_changed_caption_its_shard(folder: Path, ingest, tmp_path: Path):

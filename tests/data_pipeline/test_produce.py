@@ -130,6 +130,16 @@ def test_what_cannot_be_encoded_costs_that_sample_alone(tmp_path: Path, make_raw
         pictures.decode(samples[0].image)
 
 
+def test_captions_that_are_cut_are_counted(tmp_path: Path, make_raw, produce):
+    samples = make_raw(3)
+    samples[1].meta["caption"] = "words without an end " * 600
+    (tmp_path / "raw").mkdir()
+    write_raw(tmp_path / "raw" / shard_name(0), samples)
+    result = produce(tmp_path / "raw", tmp_path / "out", "--res", "64")
+    assert result.returncode == 0 and "1 captions have 1024 tokens or more" in result.stdout, result.stderr
+    assert max(len(s.txt) for s in read_encoded(tmp_path / "out" / shard_name(0))) == 1024
+
+
 def test_a_latent_that_is_not_finite_costs_that_sample_alone(tmp_path: Path, make_raw, encoder: Encoder, monkeypatch):
     samples = make_raw(3)
     write_raw(tmp_path / "raw.tar", samples)

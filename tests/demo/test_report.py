@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_pipeline import shards
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import write_raw
 from demo import recipes
@@ -26,15 +27,13 @@ def test_only_samples_that_are_shown_are_read_and_broken_ones_left_out(tmp_path:
         pictures = [b"no picture" if (shard, i) == (1, 0) else png() for i in range(5)]
         samples = [RawSample(f"{shard}{i}", p, "png", {"caption": f"c{shard}{i}"}) for i, p in enumerate(pictures)]
         write_raw(raw / f"shard-{shard:06d}.tar", samples)
-    samples = RawSamples(tmp_path)
-    found = samples.spread(20)
-    assert sorted(caption for _, caption in found) == [
-        f"c{s}{i}" for s in range(2) for i in range(5) if (s, i) != (1, 0)
-    ]
-    assert all(picture.size == (24, 16) for picture, _ in found)
-    read = []
-    monkeypatch.setattr("data_pipeline.pictures.decode", lambda data: read.append(data))
-    assert samples.spread(3) == samples.spread(3) and len(read) == 6
+    samples = RawSamples(raw)
+    assert sorted(samples.captions(20)) == [f"c{s}{i}" for s in range(2) for i in range(5)]
+    pictures = samples.pictures(20)
+    assert len(pictures) == 9 and all(picture.size == (24, 16) for picture in pictures)
+    read, whole = set(), shards.raw_sample
+    monkeypatch.setattr(shards, "raw_sample", lambda shard, entry: read.add(entry.key) or whole(shard, entry))
+    assert samples.captions(3) == samples.captions(3) and len(read) == 3
 
 
 def test_changed_pictures_are_another_line(tmp_path: Path):

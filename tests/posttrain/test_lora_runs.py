@@ -12,13 +12,14 @@ from small_run import CONFIG, SIZE_PX, run_entry
 from test_posttrain_runs import DEADLINE_S, DPO, GRPO, NFT, assert_same_run, killed
 from worlds import run_world
 
-from command_line import UserError
+from command_line import UserError, from_dict, read_toml
 from evaluation.__main__ import Config as Evaluation
 from evaluation.__main__ import main as evaluate
 from model import export
 from model.diffusers_io.lora_files import read_adapters, write_adapters
 from model.sampling.draw import Sampler
 from model.sampling.schedule import FixedSchedule
+from posttrain.sft import Config
 from training.engine.checkpoint import read_weights, resolve
 from training.engine.config import EngineConfig
 from training.loading import load, whole_weights
@@ -178,3 +179,9 @@ def test_a_base_that_is_gone_is_named(tuned, tmp_path):
     (copy / "init.json").write_text(json.dumps(note | {"base": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match="gone does not exist"):
         load(copy)
+
+
+def test_its_config_takes_the_run_back(tuned):
+    config = from_dict(Config, read_toml(tuned / "config.toml"))
+    assert config.pictures is not None and config.data
+    assert replace(config, dry_run=True).completed().data == config.data
