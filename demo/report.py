@@ -139,7 +139,7 @@ def curves(line: Path) -> bytes | None:
     return plot(found) if found else None
 
 
-def drawings(config: Config, samples: RawSamples):
+def drawings(config: Config):
     """(rows of PIL pictures, one row a model; model names; prompts; how many of these were trained on), or None before
     a model is there."""
     runs = {name: config.line / name for name in MODELS}
@@ -155,7 +155,7 @@ def drawings(config: Config, samples: RawSamples):
     from training.loading import load
     from training.source import look
 
-    prompts = samples.captions(config.captions)
+    prompts = RawSamples(config.line / "data" / "curated").captions(config.captions)
     captions = len(prompts)
     if ours(config.line):
         prompts += [p.text for p in shapes_prompts("validation")[: config.held_out]]
@@ -268,7 +268,7 @@ def main(config: Config) -> None:
         sheets.append(picture)
     if plot := curves(config.line):
         page["curves"] = data_uri(plot)
-    if drawn := drawings(config, RawSamples(config.line / "data" / "curated")):
+    if drawn := drawings(config):
         rows, page["models"], page["prompts"], page["captions"] = drawn
         page["drawings"] = [[data_uri(picture) for picture in row] for row in rows]
         sheets.append(contact_sheet([p for row in rows for p in row], len(rows[0]), 128))
