@@ -70,9 +70,7 @@ def ingest_tars(tars: list[Path], config: Config):
     from data_pipeline.user_data import name_of, read_tar
 
     sources = {shard_name(i): tar for i, tar in enumerate(tars)}
-    inputs = {
-        name: {"tar": str(tar.relative_to(config.data.parent)), **file_stamp(tar)} for name, tar in sources.items()
-    }
+    inputs = {name: {"tar": name_of(tar, config.data.parent), **file_stamp(tar)} for name, tar in sources.items()}
     stage = ShardStage(config.out, inputs, {})
     config.out.mkdir(parents=True, exist_ok=True)
     with progress(len(sources), "ingest", "tar", done=len(sources) - len(stage.pending())) as bar:

@@ -92,7 +92,8 @@ def produce(config: Production) -> None:
         records = stage.records()
         say_skipped(records, config.out)
         if cut := sum(record.get("cut", 0) for record in records):
-            print(f"{cut} captions have {encoder.conditioner.max_length} tokens or more; what is beyond was cut")
+            limit = encoder.conditioner.max_length
+            print(f"{cut} captions (edits not counted) have {limit} tokens or more; what is beyond was cut")
         samples = sum(record["samples"] for record in records)
         if failed:
             raise UserError(f"{len(failed)} shards could not be made; run this again for them. The first: {failed[0]}")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "jfif", "jpe", "avif")
+UNREAD = ("heic", "heif", "jxl", "jp2", "j2k", "psd", "svg", "tga", "ppm", "dng", "cr2", "cr3", "nef", "arw", "raf")
+"""Pictures of kinds that are not read."""
 CAPTIONS = ("txt", "json")
 _PNG = b"\x89PNG"
 _PARTS = {"source": "reference", "input": "reference", "before": "reference", "output": "target", "after": "target"}
@@ -48,7 +50,7 @@ def find_pictures(data: Path) -> dict[Path, list[Path]]:
     found: dict[Path, list[Path]] = {}
     parts: dict[Path, list[Path]] = {}
     for file in files:
-        of = file.parent / re.sub(r"\.(reference\.\d+|mask)$", "", file.stem)
+        of = _without_part(file)
         if of != file.with_suffix("") and of in stems:
             parts.setdefault(of, []).append(file)
         else:
@@ -57,22 +59,28 @@ def find_pictures(data: Path) -> dict[Path, list[Path]]:
 
 
 def find_unread(data: Path) -> list[str]:
-    """Names of captioned files in a folder that are of no kind that is read, where no picture of that name is."""
-    kinds: dict[Path, set[str]] = {}
-    for file in list_files(data):
-        kinds.setdefault(file.with_suffix(""), set()).add(file.suffix[1:])
-    found = []
-    for stem, suffixes in kinds.items():
-        lower = {suffix.lower() for suffix in suffixes}
-        if lower & set(CAPTIONS) and not lower & {*PICTURES, "tar"}:
-            others = sorted(suffix for suffix in suffixes if suffix and suffix.lower() not in CAPTIONS)
-            found += [name_of(stem.with_name(f"{stem.name}.{suffix}"), data) for suffix in others]
-    return found
+    """Names of captioned pictures in a folder that are of kinds that are not read, or what an edit began with is."""
+    files = list_files(data)
+    captioned, drawn = (
+        {f.with_suffix("") for f in files if f.suffix[1:].lower() in kinds} for kinds in (CAPTIONS, PICTURES)
+    )
+    unread = [f for f in files if f.suffix[1:].lower() in UNREAD and f.with_suffix("") not in drawn]
+    return [name_of(file, data) for file in unread if _without_part(file) in captioned]
+
+
+def _without_part(file: Path) -> Path:
+    """What a file is a part of: NAME of NAME.reference.0.png, NAME.mask.png and NAME.png."""
+    return file.parent / re.sub(r"\.(reference\.\d+|mask)$", "", file.stem)
+
+
+def legible(name: str | Path) -> str:
+    """A name as text that can be printed and stored even if its bytes are no UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def name_of(path: Path, folder: Path) -> str:
-    """A path below a folder, as text that can be printed and stored even if its bytes are no UTF-8."""
-    return os.fsencode(path.relative_to(folder)).decode(errors="backslashreplace")
+    """A path below a folder, legible."""
+    return legible(path.relative_to(folder))
 
 
 def list_files(data: Path) -> list[Path]:
@@ -112,11 +120,11 @@ def read_tar(tar: Path, on_problem: OnProblem, of: str | None = None) -> Iterato
     `of` stands before their names, in place of the tar's own name: tars in several folders may have one.
     """
     for members in read_members(tar, on_problem):
-        name = members["__key__"]
+        name = legible(members["__key__"])
         try:
             yield sample_of(f"{of or tar.stem}/{name}", members)
         except ValueError as error:
-            on_problem(Problem(tar.name, name, str(error)))
+            on_problem(Problem(legible(tar.name), name, str(error)))
 
 
 def sample_of(name: str, members: dict[str, bytes]) -> RawSample:
@@ -125,6 +133,8 @@ def sample_of(name: str, members: dict[str, bytes]) -> RawSample:
     A picture whose part isn't known is an error, too: without it the instruction of an edit would train as a caption.
     """
     parts: dict[str, list[str]] = {"": [], "target": [], "reference": [], "mask": []}
+    if unread := sorted(m for m in members if m.rpartition(".")[2] in UNREAD and "." in m):
+        raise ValueError(f"has a picture {unread[0]} of a kind that is not read; save it as jpg or png")
     for member in sorted(m for m in members if m.rpartition(".")[2] in PICTURES):
         if (found := _PART.fullmatch(member)) is None:
             raise ValueError(f"has a picture {member} of unknown use; call what an edit began with reference.0.png")

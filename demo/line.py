@@ -140,7 +140,7 @@ def run_line(line: list[Stage], out: Path) -> None:
         title = f"[{number}/{len(line)}] {stage.name}: {stage.purpose}"
         if marker.exists():
             if json.loads(marker.read_text())["fingerprint"] != mark:
-                of = "other pictures or settings" if stage.reads else "another recipe"
+                of = "other pictures or settings" if stage.reads else "another recipe or version"
                 raise UserError(f"{out} holds {stage.name} of {of}: delete the folder, or give another --out")
             print(f"{title} (finished before)", flush=True)
             continue

@@ -65,17 +65,18 @@ class RawSamples:
 
         self._places = [(s, entry) for s in list_shards(folder) for entry in tar_index(s).entries]
 
-    def spread(self, count: int) -> "Iterator[RawSample]":
-        """`count` of them at random, the same ones each time; broken ones are left out."""
+    def spread(self, count: int, edits: bool = True) -> "Iterator[RawSample]":
+        """`count` of them at random, the same ones each time, with or without edits; broken ones are left out."""
         from data_pipeline.shards import raw_sample
 
-        for shard, entry in random.Random(0).sample(self._places, min(count, len(self._places))):
+        places = [(s, entry) for s, entry in self._places if edits or "reference.0.png" not in entry.members]
+        for shard, entry in random.Random(0).sample(places, min(count, len(places))):
             with suppress(ValueError):
                 yield raw_sample(shard, entry)
 
     def captions(self, count: int) -> list[str]:
         """Captions of `count` of them, but of edits, which need a picture."""
-        return [sample.meta["caption"] for sample in self.spread(count) if not sample.references]
+        return [sample.meta["caption"] for sample in self.spread(count, edits=False)]
 
     def pictures(self, count: int) -> "list[Image]":
         """Pictures of `count` of them, large ones shrunk. UserError if none can be decoded."""
@@ -159,6 +160,8 @@ def drawings(config: Config):
     captions = len(prompts)
     if ours(config.line):
         prompts += [p.text for p in shapes_prompts("validation")[: config.held_out]]
+    if not prompts:  # edits alone
+        return None
     seeds = list(range(len(prompts)))
     painter = load(runs[models[0]], sampler=Sampler(FixedSchedule(config.steps), cfg_scale=config.cfg_scale))
     rows = []

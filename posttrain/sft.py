@@ -20,7 +20,7 @@ try:
     from training.demo_data import demo_data, encoded_folder
     from training.engine.config import EngineConfig
     from training.loop import LoopConfig
-    from training.own_pictures import encode_pictures
+    from training.own_pictures import encode_pictures, is_encoded_from
     from training.source import BASE, TOY_PARAMETERS, look
     from training.start import TOY_VALIDATION, optimizer, picture_side, start, toy_optimizer
 except ModuleNotFoundError as missing:
@@ -67,10 +67,10 @@ class Config(DataConfig):
 
     def with_pictures(self, config: "Config") -> "Config":
         """The config with the user's pictures encoded. UserError for what does not go with them."""
+        if config.raw is not None or config.data and not is_encoded_from(config.pictures, config.data):
+            raise UserError("--pictures stands in place of --data and --raw: give one of them")
         side = picture_side(config.size_px, config.source)
         encoded = config.out / "data" / f"encoded-{side}"
-        if config.data not in ((), (encoded,)) or config.raw is not None:  # a run's config.toml names both
-            raise UserError("--pictures stands in place of --data and --raw: give one of them")
         if not config.dry_run:
             more = ("--skip-bad",) if config.skip_bad else ()
             encoded = encode_pictures(config.pictures, config.components, side, config.out / "data", *more)

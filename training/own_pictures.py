@@ -24,7 +24,7 @@ def encode_pictures(pictures: Path, components: Path, side_px: int, out: Path, *
             f"{pictures} is no folder; --pictures takes one of pictures with captions (NAME.txt beside each)"
         )
     raw, encoded, note = out / "raw", out / f"encoded-{side_px}", out / NOTE
-    wanted = {"folder": str(pictures.resolve()), "side_px": side_px, "files": stamp(pictures)}
+    wanted = {"folder": named(pictures), "side_px": side_px, "files": stamp(pictures)}
     if os.environ.get("RANK", "0") == "0" and _noted(note) != wanted:
         note.unlink(missing_ok=True)
         run_script("data_pipeline/ingest.py", "--data", pictures, "--out", raw, *flags)
@@ -34,6 +34,19 @@ def encode_pictures(pictures: Path, components: Path, side_px: int, out: Path, *
     while _noted(note) != wanted:
         time.sleep(1)
     return encoded
+
+
+def named(pictures: Path) -> str:
+    """How the note calls a folder."""
+    from data_pipeline.user_data import legible
+
+    return legible(pictures.resolve())
+
+
+def is_encoded_from(pictures: Path, data: tuple[Path, ...]) -> bool:
+    """Whether data sets, as a run's config.toml names them beside its pictures, are these pictures, encoded."""
+    note = _noted(data[0].parent / NOTE) if len(data) == 1 else None
+    return note is not None and note["folder"] == named(pictures)
 
 
 def stamp(folder: Path) -> dict[str, list[int]]:

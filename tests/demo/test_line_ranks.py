@@ -66,6 +66,6 @@ def test_what_another_recipe_has_left_is_not_gone_on_from(tmp_path: Path, monkey
     run_line(line, tmp_path)
     assert len(ran) == 2
     longer = [line[0], stage("train", "steps", "train.py", "--steps", 7)]
-    with pytest.raises(UserError, match="holds train of another recipe"):
+    with pytest.raises(UserError, match="holds train of another recipe or version"):
         run_line(longer, tmp_path)
     assert len(ran) == 2

@@ -9,7 +9,7 @@ from PIL import Image
 from data_pipeline import shards
 from data_pipeline.sample import RawSample
 from data_pipeline.shards import write_raw
-from demo import recipes
+from demo import recipes, report
 from demo.report import RawSamples
 from model.sample import read_picture
 
@@ -34,6 +34,14 @@ def test_only_samples_that_are_shown_are_read_and_broken_ones_left_out(tmp_path:
     read, whole = set(), shards.raw_sample
     monkeypatch.setattr(shards, "raw_sample", lambda shard, entry: read.add(entry.key) or whole(shard, entry))
     assert samples.captions(3) == samples.captions(3) and len(read) == 3
+
+
+def test_the_first_page_needs_nothing_but_pictures(tmp_path: Path):
+    raw = tmp_path / "data" / "raw"
+    raw.mkdir(parents=True)
+    write_raw(raw / "shard-000000.tar", [RawSample(f"{i}", png(), "png", {"caption": "a"}) for i in range(3)])
+    report.main(report.Config(line=tmp_path))
+    assert (tmp_path / "report" / "index.html").is_file()
 
 
 def test_changed_pictures_are_another_line(tmp_path: Path):

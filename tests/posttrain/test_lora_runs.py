@@ -185,3 +185,6 @@ def test_its_config_takes_the_run_back(tuned):
     config = from_dict(Config, read_toml(tuned / "config.toml"))
     assert config.pictures is not None and config.data
     assert replace(config, dry_run=True).completed().data == config.data
+    assert replace(config, dry_run=True, out=tuned / "other").completed().data != config.data
+    with pytest.raises(UserError, match="stands in place of --data"):
+        replace(config, dry_run=True, data=(tuned,)).completed()

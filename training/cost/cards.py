@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from command_line import UserError
 
@@ -70,7 +71,11 @@ def in_this_machine() -> tuple[int, Card] | None:
 def count_gpus() -> int:
     """How many GPUs a process sees here, whether plans know them or not."""
     here, seen = len(_told("name")), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return here if seen is None else min(here, len([name for name in seen.split(",") if name.strip()]))
+    return (
+        here
+        if seen is None
+        else min(here, len(list(takewhile(lambda name: name.strip() not in ("", "-1"), seen.split(",")))))
+    )
 
 
 def _told(fields: str) -> list[str]:
