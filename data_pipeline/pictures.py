@@ -28,7 +28,7 @@ def decode(data: bytes) -> "Image":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size and EXIF warnings: sizes are checked here, EXIF is best effort
-            Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice that
+            Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses twice that
             image = Image.open(io.BytesIO(data))
             size = image.size
             if size[0] * size[1] <= MAX_PIXELS:

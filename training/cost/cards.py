@@ -71,11 +71,9 @@ def in_this_machine() -> tuple[int, Card] | None:
 def count_gpus() -> int:
     """How many GPUs a process sees here, whether plans know them or not."""
     here, seen = len(_told("name")), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        here
-        if seen is None
-        else min(here, len(list(takewhile(lambda name: name.strip() not in ("", "-1"), seen.split(",")))))
-    )
+    if seen is None:
+        return here
+    return min(here, len(list(takewhile(lambda name: name.strip() not in ("", "-1"), seen.split(",")))))
 
 
 def _told(fields: str) -> list[str]:
